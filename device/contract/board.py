@@ -1,0 +1,108 @@
+"""Board profiles: what a board is, what it may run, its budgets, and the agent's defaults on it.
+
+The profiles are data, one TOML per board in `firmware_configs/`. Each figure in them has its source beside it.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from device.contract.errors import ConfigError
+from device.contract.records import from_table
+
+PROFILES = "firmware_configs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What the board is, from the vendor's public specification."""
+
+    cpu: str
+    arch: str
+    cores: int
+    memory_mb: int
+    storage: str
+    accelerators: tuple[str, ...]
+    os: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What it may run: formats (tflite, coreml), precisions in order of preference, delegate, largest tensor rank."""
+
+    formats: tuple[str, ...]
+    precisions: tuple[str, ...]
+    delegate: str
+    max_tensor_rank: int
+
+    def __post_init__(self) -> None:
+        unknown = set(self.formats) - {"tflite", "coreml"}
+        if unknown or not self.formats:
+            raise ConfigError(f"support.formats must name tflite or coreml, got {list(self.formats)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Limits for one model on this board; the exporter refuses what is over, the agent checks what it measures."""
+
+    artifact_bytes: int
+    peak_memory_mb: int
+    latency_ms: float
+    soc_temp_celsius: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """The agent's defaults: interpreter threads, frames kept for learning, spool bounds, telemetry interval, soak."""
+
+    threads: int
+    feature_ring: int
+    spool_bytes: int
+    spool_age_s: int
+    telemetry_interval_s: float
+    soak_frames: int
+    soak_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Board:
+    """One board profile. `sources` says for each group of figures where it is from."""
+
+    name: str
+    description: str
+    hardware: Hardware
+    support: Support
+    budget: Budget
+    runtime: Runtime
+    sources: dict[str, str]
+
+
+def board_names() -> list[str]:
+    """The names of the profiles that are installed."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _profiles().iterdir() if entry.name.endswith(".toml"))
+
+
+def load_board(name: str) -> Board:
+    """Read one profile.
+
+    Raises:
+        ConfigError: no such board (the message lists them), or the profile is wrong.
+    """
+    if name not in board_names():
+        raise ConfigError(f"board {name!r} is unknown; choose one of {', '.join(board_names())}")
+    text = _profiles().joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return parse_board(name, tomllib.loads(text))
+
+
+def parse_board(name: str, table: dict[str, Any]) -> Board:
+    """Build a profile from parsed TOML; its `name` must be the file's."""
+    board = from_table(Board, table, where=f"{PROFILES}/{name}.toml")
+    if board.name != name:
+        raise ConfigError(f"{PROFILES}/{name}.toml: name is {board.name!r}, expected {name!r}")
+    return board
+
+
+def _profiles() -> Traversable:
+    return resources.files(PROFILES)

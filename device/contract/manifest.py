@@ -1,0 +1,163 @@
+"""The manifest of a bundle: what was built, from what, for which boards, how exact it is, and how to check it.
+
+JSON, schema version 1. Nothing in it is a measured time, so the same recipe on the same machine gives the same bytes.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from device.contract.errors import ArtifactError
+from device.contract.records import from_table, to_table
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SEMVER = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """The image a model takes, after decoding: float32 NHWC, `(value / 255 - mean) / std`."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    color_order: str = "gray"
+    layout: str = "NHWC"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width, self.channels) < 1:
+            raise ArtifactError(f"input: size must be positive, got {self.height}x{self.width}x{self.channels}")
+        if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
+            raise ArtifactError(f"input: mean and std need {self.channels} values each, std above 0")
+        if self.interpolation != "bilinear" or self.layout != "NHWC" or self.dtype != "float32":
+            raise ArtifactError("input: this version knows bilinear interpolation, layout NHWC and dtype float32 only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """Size and hash of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """One TFLite candidate. `precision` names its keys in `golden.npz` and `head.npz`.
+
+    `accuracy` is the share of the host's test images of the base classes that it answers right in LiteRT;
+    `golden_tolerance` is the largest allowed difference of a golden feature, relative to the largest golden value.
+    """
+
+    precision: str
+    path: str
+    backbone: str
+    accuracy: float
+    argmax_agreement: float
+    min_cosine: float
+    max_abs_difference: float
+    golden_tolerance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreMLArtifact:
+    """The Core ML package: a directory inside the bundle, and its parity as evaluated from the saved program."""
+
+    path: str
+    argmax_agreement: float
+    min_cosine: float
+    max_abs_difference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningSpec:
+    """What the board may learn, and how. `max_drop` is the share of old-class accuracy that an update may cost."""
+
+    method: str
+    feature_dim: int
+    max_classes: int
+    max_drop: float
+    shrinkage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything a board must know before it loads a model."""
+
+    name: str
+    version: str
+    release: int
+    task: str
+    labels: tuple[str, ...]
+    boards: tuple[str, ...]
+    input: InputSpec
+    artifacts: tuple[Artifact, ...]
+    learning: LearningSpec
+    float_accuracy: float
+    licence: str
+    provenance: dict[str, Any]
+    files: dict[str, FileEntry]
+    coreml: CoreMLArtifact | None = None
+    schema: int = field(default=SCHEMA_VERSION)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ArtifactError(f"manifest.name {self.name!r} must match {_NAME.pattern}")
+        if not _SEMVER.fullmatch(self.version):
+            raise ArtifactError(f"manifest.version {self.version!r} must be like 1.2.3")
+        if self.release < 1:
+            raise ArtifactError(f"manifest.release must be 1 or more, got {self.release}")
+        if not self.artifacts or not self.labels or not self.boards:
+            raise ArtifactError("manifest: artifacts, labels and boards must not be empty")
+        if len({artifact.precision for artifact in self.artifacts}) != len(self.artifacts):
+            raise ArtifactError("manifest: two artifacts have the same precision")
+        for path in [*self.files, *(artifact.path for artifact in self.artifacts)]:
+            require_safe_path(path)
+        for artifact in self.artifacts:
+            if artifact.path not in self.files:
+                raise ArtifactError(f"manifest: artifact {artifact.path} is not among its files")
+
+    def artifact(self, precision: str) -> Artifact:
+        """The candidate of that precision; ArtifactError names the ones there are."""
+        for artifact in self.artifacts:
+            if artifact.precision == precision:
+                return artifact
+        known = ", ".join(artifact.precision for artifact in self.artifacts)
+        raise ArtifactError(f"{self.name} {self.version} has no {precision} artifact; it has {known}")
+
+    def to_json(self) -> str:
+        return json.dumps(to_table(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """Parse and check a manifest.
+
+        Raises:
+            ArtifactError: not JSON, another schema version, unknown or missing keys, or a value out of range.
+        """
+        try:
+            table = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"{MANIFEST_NAME}: not JSON ({error}); build the bundle again") from error
+        schema = table.get("schema") if isinstance(table, dict) else None
+        if schema != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads; "
+                "update the agent, or build the bundle with a matching host"
+            )
+        return from_table(cls, table, where=MANIFEST_NAME, error=ArtifactError)
+
+
+def require_safe_path(path: str) -> None:
+    """Refuse absolute paths, `..` and backslashes: a bundle must not write outside its slot."""
+    parts = PurePosixPath(path).parts
+    if not path or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+        raise ArtifactError(f"bundle: unsafe path {path!r}")
