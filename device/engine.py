@@ -40,7 +40,10 @@ class Engine:
                 raise
             raise EngineError(f"{path}: LiteRT cannot load it ({error}); install a sound bundle") from error
         self._inputs = {
-            name: {key: (tuple(detail["shape"]), detail["dtype"]) for key, detail in runner.get_input_details().items()}
+            name: {
+                key: (tuple(map(int, detail["shape"])), detail["dtype"])
+                for key, detail in runner.get_input_details().items()
+            }
             for name, runner in self._runners.items()
         }
 
@@ -60,7 +63,7 @@ class Engine:
         """Run the backbone on one pre-processed frame, float32 [1, H, W, C]; returns float32 [D]."""
         (name,) = self._inputs[FEATURES]
         (output,) = self.run(FEATURES, **{name: frame}).values()
-        return output[0]
+        return np.asarray(output[0])
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one signature; shapes and dtypes must be exactly the model's. Returns copies.

@@ -32,7 +32,7 @@ def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
     resized = resize_bilinear(frames.astype(np.float32), spec.height, spec.width)
     mean = np.asarray(spec.mean, np.float32)
     std = np.asarray(spec.std, np.float32)
-    return (resized / np.float32(255) - mean) / std
+    return np.asarray((resized / np.float32(255) - mean) / std)
 
 
 def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
     rows = _interpolation_matrix(images.shape[1], height)  # [H, h]
     columns = _interpolation_matrix(images.shape[2], width)  # [W, w]
     tall = np.einsum("Hh,nhwc->nHwc", rows, images)
-    return np.einsum("Ww,nHwc->nHWc", columns, tall)
+    return np.asarray(np.einsum("Ww,nHwc->nHWc", columns, tall))
 
 
 @lru_cache(maxsize=32)

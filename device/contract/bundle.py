@@ -6,13 +6,26 @@ against damage afterwards and against a bundle that was built wrongly: unsafe pa
 
 import hashlib
 import os
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 from device.contract.errors import ArtifactError, ChecksumError
 from device.contract.manifest import MANIFEST_NAME, FileEntry, Manifest, require_safe_path
 
 MAX_MANIFEST_BYTES = 4 << 20
+_DAMAGE = (
+    zipfile.BadZipFile,
+    EOFError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
+"""What `zipfile` raises on a damaged file; a flipped bit may claim encryption, compression or bytes beyond the end."""
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -61,7 +74,7 @@ def _open(bundle: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(bundle)
     except FileNotFoundError as error:
         raise ArtifactError(f"{bundle}: no such bundle; build one with 'fieldvit export'") from error
-    except (zipfile.BadZipFile, OSError) as error:
+    except _DAMAGE as error:
         raise ArtifactError(f"{bundle}: not a bundle ({error}); build it again with 'fieldvit export'") from error
 
 
@@ -72,10 +85,7 @@ def _manifest_of_archive(archive: zipfile.ZipFile, bundle: Path) -> Manifest:
         raise ArtifactError(f"{bundle}: has no {MANIFEST_NAME}; it is not a FieldViT bundle") from error
     if info.file_size > MAX_MANIFEST_BYTES or info.compress_type != zipfile.ZIP_STORED:
         raise ArtifactError(f"{bundle}: {MANIFEST_NAME} is compressed or over {MAX_MANIFEST_BYTES} bytes")
-    try:
-        return Manifest.from_json(archive.read(info))
-    except zipfile.BadZipFile as error:
-        raise ArtifactError(f"{bundle}: {MANIFEST_NAME} is damaged ({error}); copy the bundle again") from error
+    return Manifest.from_json(_read_bytes(archive, info))
 
 
 def _manifest_of_directory(directory: Path) -> Manifest:
@@ -95,13 +105,19 @@ def _read_member(archive: zipfile.ZipFile, name: str, entry: FileEntry) -> bytes
     require_safe_path(name)
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != entry.bytes:
-        raise ArtifactError(f"{name}: {info.file_size} bytes in the bundle, {entry.bytes} in its manifest; copy it again")
-    try:
-        content = archive.read(info)
-    except zipfile.BadZipFile as error:
-        raise ArtifactError(f"{name}: damaged ({error}); copy the bundle again") from error
+        raise ArtifactError(
+            f"{name}: {info.file_size} bytes in the bundle, {entry.bytes} in its manifest; copy it again"
+        )
+    content = _read_bytes(archive, info)
     _require_match(name, content, entry)
     return content
+
+
+def _read_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(info)
+    except _DAMAGE as error:
+        raise ArtifactError(f"{info.filename}: damaged ({error!r}); copy the bundle again") from error
 
 
 def _require_match(name: str, content: bytes, entry: FileEntry) -> None:

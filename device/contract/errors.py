@@ -1,18 +1,18 @@
 """The errors of `device`: what went wrong, and the exit code a supervisor or script sees.
 
-    DeviceError                 1
-    +-- ConfigError             2   (ValueError)    a configuration value is missing, unknown or out of range
-    +-- ArtifactError           3   (ValueError)    a bundle, manifest or model file is unusable
-    |   +-- ChecksumError                           its bytes are not the bytes that were signed for
-    |   +-- BoardMismatchError                      it was built for other boards
-    +-- MessageError            4   (ValueError)    an MQTT payload or topic breaks the contract
-    +-- UpdateRefusedError      5   (RuntimeError)  an update was refused; the running model was not touched
-    +-- EngineError             6   (RuntimeError)  the interpreter refused a model or an input
-    +-- LearningError           7   (ValueError)    labels or features cannot be learned
-    |   +-- GuardError                              a proposed update would do harm and was not committed
-    +-- BrokerError             8   (ConnectionError)  the MQTT broker cannot be reached
-    +-- FrameError              9   (ValueError)    a frame cannot be read or has the wrong shape
-    +-- AgentBusyError          10  (RuntimeError)  another process holds this data directory
+DeviceError                 1
++-- ConfigError             2   (ValueError)    a configuration value is missing, unknown or out of range
++-- ArtifactError           3   (ValueError)    a bundle, manifest or model file is unusable
+|   +-- ChecksumError                           its bytes are not the bytes that were signed for
+|   +-- BoardMismatchError                      it was built for other boards
++-- MessageError            4   (ValueError)    an MQTT payload or topic breaks the contract
++-- UpdateRefusedError      5   (RuntimeError)  an update was refused; the running model was not touched
++-- EngineError             6   (RuntimeError)  the interpreter refused a model or an input
++-- LearningError           7   (ValueError)    labels or features cannot be learned
+|   +-- GuardError                              a proposed update would do harm and was not committed
++-- BrokerError             8   (ConnectionError)  the MQTT broker cannot be reached
++-- FrameError              9   (ValueError)    a frame cannot be read or has the wrong shape
++-- AgentBusyError          10  (RuntimeError)  another process holds this data directory
 """
 
 
@@ -38,7 +38,9 @@ class ChecksumError(ArtifactError):
     """A file's SHA-256 differs from the one the manifest promises."""
 
     def __init__(self, name: str, *, expected: str, actual: str) -> None:
-        super().__init__(f"{name}: sha256 {actual[:12]}... differs from the manifest's {expected[:12]}...; copy the bundle again")
+        super().__init__(
+            f"{name}: sha256 {actual[:12]}... differs from the manifest's {expected[:12]}...; copy the bundle again"
+        )
         self.name = name
         self.expected = expected
         self.actual = actual

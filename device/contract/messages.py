@@ -7,14 +7,17 @@ duplicates; one counter per boot runs over both kinds, starting at 1.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from device.contract.errors import MessageError
 from device.contract.records import from_table, to_table
 from device.contract.topics import DeviceId
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 20
@@ -38,6 +41,11 @@ UNITS = {
     "learned/version": "count",
 }
 CLASS_PREFIX = "class/"
+MAX_SEQUENCE = 2**53  # what JSON numbers hold exactly
+MAX_TIME = 253402300800.0  # the year 10000, in Unix seconds
+_BOOT = re.compile(r"[!-~]{1,128}")
+_SEQUENCE = re.compile(r"[0-9]{1,16}")
+_CLASS = re.compile(r"class/[0-9]{1,6}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +78,9 @@ class State:
     def __post_init__(self) -> None:
         if self.status not in ("online", "offline"):
             raise MessageError(f"state: status must be online or offline, got {self.status!r}")
+        _boot(self.boot, "state")
+        if self.time is not None:
+            _time(self.time, "state")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +136,9 @@ class Result:
     time: float
     schema: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        _time(self.time, "result")
+
 
 def encode_state(state: State) -> bytes:
     return _dump(to_table(state))
@@ -174,11 +188,11 @@ def decode_telemetry(payload: bytes) -> Telemetry:
     records = _load(payload, "telemetry")
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise MessageError("telemetry: expected a SenML pack, a list of records")
-    by_name = {record.get("n"): record for record in records}
-    boot = _typed(by_name.get("boot", {}).get("vs"), str, "telemetry: boot")
-    sequence = _typed(by_name.get("seq", {}).get("v"), int, "telemetry: seq")
+    by_name = {record["n"]: record for record in records if isinstance(record.get("n"), str)}
+    boot = _boot(by_name.get("boot", {}).get("vs"), "telemetry")
+    sequence = _sequence(by_name.get("seq", {}).get("v"), "telemetry")
     _require_schema(by_name.get("schema", {}).get("v"), "telemetry")
-    time = _number(records[0].get("bt"), "telemetry: bt")
+    time = _time(records[0].get("bt"), "telemetry")
     values = {}
     for record in records:
         name = record.get("n")
@@ -220,30 +234,30 @@ def decode_event(payload: bytes) -> Event:
         raise MessageError(f"event: type {table['type']!r} is unknown")
     _require_schema(table.get("schemaversion"), "event")
     sequence = _typed(table.get("sequence"), str, "event: sequence")
-    if not sequence.isdecimal() or not sequence.isascii():
-        raise MessageError(f"event: sequence {sequence!r} is not a number")
+    if not _SEQUENCE.fullmatch(sequence):
+        raise MessageError(f"event: sequence {sequence[:40]!r} is not a number")
     try:
         time = datetime.fromisoformat(_typed(table.get("time"), str, "event: time")).timestamp()
-    except ValueError as error:
+    except (ValueError, OverflowError, OSError) as error:
         raise MessageError(f"event: time {table.get('time')!r} is not RFC 3339") from error
     return Event(
         kind=kind,
-        boot=_typed(table.get("bootid"), str, "event: bootid"),
-        sequence=int(sequence),
-        time=time,
+        boot=_boot(table.get("bootid"), "event"),
+        sequence=_sequence(int(sequence), "event"),
+        time=_time(time, "event"),
         data=_typed(table.get("data"), dict, "event: data"),
     )
 
 
 def _unit(name: str) -> str:
-    if name.startswith(CLASS_PREFIX):
+    if _CLASS.fullmatch(name):
         return "count"
     if name not in UNITS:
         raise MessageError(f"telemetry: {name!r} is not a known measurement")
     return UNITS[name]
 
 
-def _decode_record(cls: type[Any], payload: bytes, where: str) -> Any:
+def _decode_record(cls: type[T], payload: bytes, where: str) -> T:
     table = _load(payload, where)
     _require_schema(table.get("schema") if isinstance(table, Mapping) else None, where)
     return from_table(cls, table, where=where, error=MessageError)
@@ -258,13 +272,20 @@ def _load(payload: bytes, where: str) -> Any:
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise MessageError(f"{where}: {len(payload)} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
     try:
-        return json.loads(payload, parse_constant=_refuse_constant)
+        return json.loads(payload, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"{where}: not JSON ({error})") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
 
 
 def _dump(value: Any) -> bytes:
@@ -278,6 +299,33 @@ def _typed(value: Any, kind: type, where: str) -> Any:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise MessageError(f"{where}: expected a finite number, got {value!r}")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MessageError(f"{where}: expected a number, got {value!r}"[:200])
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise MessageError(f"{where}: the number is too large") from error
+    if not math.isfinite(number):
+        raise MessageError(f"{where}: expected a finite number, got {number}")
+    return number
+
+
+def _boot(value: Any, where: str) -> str:
+    boot: str = _typed(value, str, f"{where}: boot id")
+    if not _BOOT.fullmatch(boot):
+        raise MessageError(f"{where}: boot id {boot[:40]!r} must be 1 to 128 printable characters")
+    return boot
+
+
+def _sequence(value: Any, where: str) -> int:
+    sequence: int = _typed(value, int, f"{where}: sequence")
+    if not 1 <= sequence <= MAX_SEQUENCE:
+        raise MessageError(f"{where}: sequence must be 1..2^53")
+    return sequence
+
+
+def _time(value: Any, where: str) -> float:
+    time = _number(value, f"{where}: time")
+    if not 0 <= time < MAX_TIME:
+        raise MessageError(f"{where}: time {time} is not between 1970 and 9999")
+    return time

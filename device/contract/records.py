@@ -71,7 +71,10 @@ def _convert(hint: Any, value: Any, where: str, error: type[Exception]) -> Any:
             raise error(f"{where}: expected a table, got {value!r}")
         return {key: _convert(arguments[1], item, f"{where}.{key}", error) for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as too_large:
+            raise error(f"{where}: the number is too large") from too_large
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise error(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

@@ -1,0 +1,238 @@
+"""The agent: wires frame source, model, learning, updates, spool and MQTT.
+
+Threads: `MainThread` reads and classifies frames; `mqtt` owns the connection; `updates` installs and rolls back;
+`commands` does the rest. Only the main thread touches the frame source; models and heads are replaced by one assignment.
+"""
+
+import json
+import logging
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from device.commands import Commands, one_line
+from device.config import AgentConfig, resolve_runtime
+from device.contract.board import Board
+from device.contract.errors import ConfigError, EngineError, FrameError
+from device.contract.messages import Result, encode_result
+from device.frames import DirectorySource, Frame
+from device.modules import forbidden_modules
+from device.mqtt import Connection
+from device.reporter import Reporter
+from device.serving import Model, Serving
+from device.slots import Slots
+from device.spool import Spool
+from device.storage import write_atomic
+from device.updater import Updater
+from device.verbs import Verbs, status_table
+
+FLUSH_S = 2.0
+DRIFT_ALARM = 1.0
+"""Mean shift of the features, in standard deviations, that is reported as an event; not calibrated per model."""
+MAX_FAILED_STEPS = 10
+
+log = logging.getLogger(__name__)
+
+
+class Agent:
+    """One device's agent. The caller holds the data directory's lock."""
+
+    def __init__(self, root: Path, config: AgentConfig, board: Board, *, stop: threading.Event) -> None:
+        found = forbidden_modules()
+        if found:
+            raise ConfigError(
+                f"{', '.join(found)} is loaded in this process; run the agent where only fieldvit[device] is imported"
+            )
+        self._root, self._config, self._stop = root, config, stop
+        self._runtime = runtime = resolve_runtime(board, config.runtime)
+        self._spool = Spool(root / "spool.db", max_bytes=runtime.spool_bytes, max_age_s=runtime.spool_age_s)
+        self._reporter = Reporter(config.id, board.name, uuid.uuid4().hex[:16], self._spool)
+        self._slots = Slots(root)
+        self._serving = Serving(self._slots, runtime)
+        self._source = DirectorySource(root / config.source.path)
+        self._verbs = Verbs(
+            root,
+            config.update.source,
+            slots=self._slots,
+            serving=self._serving,
+            updater=Updater(root, config, board, self._slots),
+            reporter=self._reporter,
+            announce=self._announce,
+        )
+        self._commands = Commands(self._spool, self._verbs.handlers(self.status))
+        self._connection = self._make_connection()
+        self._status_lock = threading.Lock()
+        self._reported_model: Model | None = None
+        self._reported_entry = -1
+        self._reported_source_errors = 0
+        self._frames = self._errors = self._window_errors = 0
+        self._is_drifting = False
+        now = time.monotonic()
+        self._next_frame, self._next_telemetry = now, now + runtime.telemetry_interval_s
+        self._next_check = now + config.update.check_interval_s
+
+    def run(self) -> int:
+        """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
+        for line in self._slots.recover(is_start=True):
+            log.warning("recovered: %s", line)
+        self._serving.start()
+        self._commands.start()
+        if self._connection:
+            self._connection.start()
+        if self._serving.model is None:
+            self._commands.updates.submit(self._verbs.check_for_update)
+        code = self._loop()
+        self._report_window(self._serving.model)
+        if self._connection:
+            self._connection.stop(FLUSH_S)
+        self._spool.close()
+        return code
+
+    def status(self) -> dict[str, Any]:
+        """What `fieldvit-device status` and the command `status` show of a running agent."""
+        return status_table(self._slots, self._serving, self._reporter.boot) | {
+            "device": str(self._config.id),
+            "frames": self._frames,
+            "errors": self._errors + self._source.errors,
+            "spool_depth": self._spool.depth,
+            "spool_dropped": self._spool.dropped,
+            "connected": self._connection is not None and self._connection.is_connected,
+        }
+
+    def _loop(self) -> int:
+        failed = 0
+        while not self._stop.is_set():
+            try:
+                self._step()
+                failed = 0
+            except Exception:  # the outer loop: what a part did not foresee must neither silence nor end the device
+                log.exception("unexpected error; going on")
+                failed += 1
+                self._errors += 1
+                self._reporter.event(
+                    "error", reason="internal", detail="unexpected error in the frame loop; see the agent's log"
+                )
+                if failed >= MAX_FAILED_STEPS or self._dead_threads():
+                    return 1
+                self._stop.wait(1.0)
+        return 0
+
+    def _step(self) -> None:
+        """One look at the frame source."""
+        self._tick()
+        model = self._serving.model
+        if model is None or not self._classify_new_frames(model):
+            self._stop.wait(self._config.source.poll_s)
+
+    def _classify_new_frames(self, model: Model) -> bool:
+        """Classify until the source has no more, the model is replaced, or the agent stops; False if nothing was new."""
+        has_new = False
+        for frame in self._source.poll(model.manifest.input.channels):
+            has_new = True
+            self._process(model, frame)
+            self._tick()
+            if self._stop.is_set() or self._serving.model is not model:
+                break
+        return has_new
+
+    def _process(self, model: Model, frame: Frame) -> None:
+        started = time.perf_counter()
+        try:
+            features, answer = model.infer(frame.pixels)
+        except FrameError as error:
+            self._count_error("frame", f"{frame.frame_id}: {one_line(error)}")
+            return
+        except EngineError as error:
+            self._count_error("engine", one_line(error))
+            if self._serving.is_testing:
+                self._serving.revert("engine", one_line(error))
+            return
+        latency_s = time.perf_counter() - started
+        self._frames += 1
+        self._serving.count_good_frame()
+        model.ring.add(frame.frame_id, features)
+        model.window.add(latency_s=latency_s, class_index=answer.index, confidence=answer.confidence, features=features)
+        if self._config.results and self._connection:
+            result = Result(frame_id=frame.frame_id, label=answer.label, confidence=answer.confidence, time=time.time())
+            self._connection.publish_result(encode_result(result))
+        self._pace()
+
+    def _pace(self) -> None:
+        if self._config.source.max_fps:
+            self._next_frame = max(self._next_frame + 1 / self._config.source.max_fps, time.monotonic())
+            self._stop.wait(self._next_frame - time.monotonic())
+
+    def _count_error(self, reason: str, detail: str) -> None:
+        self._errors += 1
+        self._window_errors += 1
+        log.warning("%s", detail)
+        if self._window_errors == 1:  # one event in a window; telemetry has the count
+            self._reporter.event("error", reason=reason, detail=detail)
+
+    def _tick(self) -> None:
+        """Do what is due between two frames."""
+        if self._serving.is_testing and self._serving.is_soaked():
+            self._serving.confirm()
+        if self._serving.model is not self._reported_model:
+            self._report_new_model()
+        if self._slots.last_number != self._reported_entry:
+            self._reported_entry = self._slots.last_number
+            self._reporter.journal(self._slots)
+        now = time.monotonic()
+        if now >= self._next_telemetry:
+            self._next_telemetry = now + self._runtime.telemetry_interval_s
+            self._report_window(self._serving.model)
+        if self._config.update.check_interval_s and now >= self._next_check:
+            self._next_check = now + self._config.update.check_interval_s
+            self._commands.updates.submit(self._verbs.check_for_update)
+        if dead := self._dead_threads():
+            raise RuntimeError(f"thread {', '.join(dead)} ended")
+
+    def _dead_threads(self) -> list[str]:
+        threads = [*self._commands.threads, *([self._connection.thread] if self._connection else [])]
+        return [thread.name for thread in threads if not thread.is_alive()]
+
+    def _report_new_model(self) -> None:
+        if self._reported_model:
+            self._report_window(self._reported_model)
+        model = self._reported_model = self._serving.model
+        for problem in model.classifier.problems if model else []:
+            log.error("%s", problem)
+            self._reporter.event("unlearned", reason="state", detail=problem)
+        self._announce()
+
+    def _report_window(self, model: Model | None) -> None:
+        """Send the telemetry of a model's window, and a drift event when the measure passes its limit."""
+        drift = model.window.drift() if model else None
+        errors = self._window_errors + self._source.errors - self._reported_source_errors
+        self._reporter.telemetry(model, errors=errors)
+        self._window_errors, self._reported_source_errors = 0, self._source.errors
+        if drift is not None:
+            if drift > DRIFT_ALARM and not self._is_drifting:
+                self._reporter.event("drift", drift=drift, limit=DRIFT_ALARM)
+            self._is_drifting = drift > DRIFT_ALARM
+        self._write_status()
+
+    def _announce(self) -> None:
+        if self._connection:
+            self._connection.announce()
+        self._write_status()
+
+    def _write_status(self) -> None:
+        with self._status_lock:
+            write_atomic(self._root / "agent.json", json.dumps(self.status()).encode())
+
+    def _make_connection(self) -> Connection | None:
+        if self._config.broker is None:
+            return None
+        return Connection(
+            self._config.broker,
+            base=self._root,
+            device=self._config.id,
+            spool=self._spool,
+            birth=lambda: self._reporter.birth(self._serving.model),
+            offline=self._reporter.offline(),
+            on_command=self._commands.receive,
+        )

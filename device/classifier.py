@@ -1,0 +1,179 @@
+"""The head on the features: what the bundle ships, and what this board has learned on top.
+
+`head.npz` holds, per precision, the learner's state as `PRECISION/KEY`, held-out features of the shipped classes for the
+guard (`guard_features`, `guard_labels`), and the mean and deviation of the features over the training images
+(`feature_mean`, `feature_std`) for the drift measure.
+
+Learning is a transaction: update a copy, let the guard compare it with the served head, commit to disk, then replace the
+served head in one assignment. The frame loop reads that one reference and never waits.
+"""
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from device.contract.errors import ArtifactError, LearningError
+from device.contract.manifest import Artifact, Manifest
+from device.golden import arrays_under, read_arrays
+from device.learned import LearnedState, LearnedStore
+from device.learning import guard
+from device.learning.slda import SLDA
+
+HEAD_NAME = "head.npz"
+MAX_LABEL_CHARACTERS = 64
+MAX_EXAMPLES = 1000
+_BESIDE_STATE = ("guard_features", "guard_labels", "feature_mean", "feature_std")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseHead:
+    """What a bundle ships for one artifact."""
+
+    learner: SLDA
+    labels: tuple[str, ...]
+    guard_features: np.ndarray  # [G, D]
+    guard_labels: np.ndarray  # [G]
+    feature_mean: np.ndarray  # [D]
+    feature_std: np.ndarray  # [D]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """One immutable version of the classifier."""
+
+    learner: SLDA
+    labels: tuple[str, ...]
+    version: int
+    weight: np.ndarray  # [D, K]
+    bias: np.ndarray  # [K]
+
+    def linear(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.weight, self.bias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The classification of one frame; `scores` [K] add up to 1."""
+
+    index: int
+    label: str
+    confidence: float
+    scores: np.ndarray
+
+
+class Classifier:
+    """Classifies features, and learns new classes of them."""
+
+    def __init__(self, base: BaseHead, manifest: Manifest, store: LearnedStore) -> None:
+        self.base = base
+        self._spec = manifest.learning
+        self._store = store
+        self._learning = threading.Lock()
+        self.head = self._restored() or _make_head(base.learner, base.labels, version=0)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why learned state on the disk was not used."""
+        return self._store.problems
+
+    def classify(self, features: np.ndarray) -> Answer:
+        """Classify one frame's features [D]."""
+        head = self.head
+        logits = features @ head.weight + head.bias  # [K]
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+        index = int(scores.argmax())
+        return Answer(index=index, label=head.labels[index], confidence=float(scores[index]), scores=scores)
+
+    def learn(self, features: np.ndarray, label: str) -> Head:
+        """Learn examples [n, D] of one class, known or new, and commit.
+
+        Raises:
+            LearningError: unusable label or features, or no room for another class.
+            GuardError: the old classes would suffer; nothing changed.
+        """
+        _require_label(label)
+        _require_features(features, self._spec.feature_dim)
+        with self._learning:
+            old = self.head
+            learner, labels = copy.deepcopy(old.learner), old.labels
+            if label not in labels:
+                if len(labels) >= self._spec.max_classes:
+                    raise LearningError(
+                        f"{label!r} would be class {len(labels) + 1}, this model may learn {self._spec.max_classes}"
+                    )
+                learner.add_class()
+                labels = (*labels, label)
+            targets = np.full(len(features), labels.index(label))
+            learner.update(features, targets)
+            new = _make_head(learner, labels, version=old.version + 1)
+            guard.check(
+                old,
+                new,
+                guard_features=self.base.guard_features,
+                guard_labels=self.base.guard_labels,
+                new_features=features,
+                new_labels=targets,
+                max_drop=self._spec.max_drop,
+            )
+            self._store.save(LearnedState(labels=labels, version=new.version, arrays=learner.state()))
+            self.head = new
+            return new
+
+    def _restored(self) -> Head | None:
+        state = self._store.load()
+        if state is None:
+            return None
+        try:
+            if state.labels[: len(self.base.labels)] != self.base.labels:
+                raise LearningError("its labels are not this bundle's")
+            learner = copy.deepcopy(self.base.learner)
+            learner.restore(state.arrays)
+            return _make_head(learner, state.labels, version=state.version)
+        except (ValueError, KeyError) as error:
+            self._store.problems.append(f"learned state not used: {self._store.path}: {error}")
+            return None
+
+
+def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHead:
+    """Read the head that a bundle ships for one artifact; ArtifactError when it does not fit the manifest."""
+    arrays = arrays_under(read_arrays(slot / HEAD_NAME), artifact.precision)
+    missing = [name for name in _BESIDE_STATE if name not in arrays]
+    if missing:
+        raise ArtifactError(f"{slot / HEAD_NAME}: has no {artifact.precision}/{missing[0]}; export the bundle again")
+    beside = {name: arrays.pop(name) for name in _BESIDE_STATE}
+    try:
+        learner = SLDA(len(manifest.labels), manifest.learning.feature_dim, shrinkage=manifest.learning.shrinkage)
+        learner.restore(arrays)
+    except (ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"{slot / HEAD_NAME}: no usable {manifest.learning.method} state ({error}); export the bundle again"
+        ) from error
+    return BaseHead(learner=learner, labels=manifest.labels, **beside)
+
+
+def _make_head(learner: SLDA, labels: Sequence[str], *, version: int) -> Head:
+    weight, bias = learner.linear()
+    if weight.shape[1] != len(labels) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise LearningError(f"the head has {weight.shape[1]} classes for {len(labels)} labels, or is not finite")
+    return Head(learner=learner, labels=tuple(labels), version=version, weight=weight, bias=bias)
+
+
+def _require_label(label: str) -> None:
+    if not 0 < len(label) <= MAX_LABEL_CHARACTERS or not label.isprintable() or label != label.strip():
+        raise LearningError(
+            f"label {label!r}: use 1 to {MAX_LABEL_CHARACTERS} printable characters without outer blanks"
+        )
+
+
+def _require_features(features: np.ndarray, feature_dim: int) -> None:
+    if features.ndim != 2 or features.shape[1] != feature_dim or not 0 < len(features) <= MAX_EXAMPLES:
+        raise LearningError(
+            f"features must be 1 to {MAX_EXAMPLES} rows of {feature_dim}, got shape {list(features.shape)}"
+        )
+    if not np.isfinite(features).all():
+        raise LearningError("features must be finite numbers")

@@ -1,0 +1,293 @@
+"""The command line on a board: `fieldvit-device VERB --root DIR`. Results on standard output, log on standard error."""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from device.contract.errors import DeviceError
+
+DEFAULT_ROOT = Path("/var/lib/fieldvit")
+NOT_WELL = 1
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; our own errors become one line and their exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(threadName)s %(message)s", force=True
+    )
+    logging.getLogger("tuf").setLevel(logging.WARNING)  # it reports every key it did not need
+    verb: Verb = arguments.verb
+    try:
+        return verb(arguments)
+    except DeviceError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone, for example `| head`
+        sys.stderr.close()
+        return NOT_WELL
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from device.app import Agent
+
+    root, config, board = _setup(arguments)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with _lock(root, "run"):
+        return Agent(root, config, board, stop=stop).run()
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    from device.config import resolve_runtime, source_directory
+    from device.serving import Serving
+    from device.slots import Slots
+    from device.updater import Updater
+    from device.verbs import install, serving_table
+
+    root, config, board = _setup(arguments)
+    source = (
+        source_directory(arguments.source, Path.cwd())
+        if arguments.source
+        else source_directory(config.update.source, root)
+    )
+    with _lock(root, "update"):
+        slots = Slots(root)
+        _recover(slots)
+        serving = Serving(slots, resolve_runtime(board, config.runtime))
+        staged = install(Updater(root, config, board, slots), serving, source, force=arguments.force)
+        serving.confirm()
+        table = serving_table(slots)
+    if staged and slots.state(staged.slot).state != "confirmed":
+        raise DeviceError(
+            "the model failed its last check and was rejected; 'fieldvit-device status --history' says why"
+        )
+    text = f"{table['name']} {table['version']} {table['precision']} in slot {table['slot']}: "
+    _show(
+        arguments,
+        {"updated": staged is not None} | table,
+        [text + ("installed and confirmed" if staged else "is up to date")],
+    )
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from device.contract.records import to_table
+    from device.modules import forbidden_modules, third_party_modules
+    from device.slots import NAMES, Slots
+    from device.storage import is_locked
+    from device.verbs import serving_table
+
+    root = _root(arguments)
+    slots, is_running = Slots(root), is_locked(root)
+    table: dict[str, Any] = {
+        "running": is_running,
+        "modules_ok": not forbidden_modules(),
+        "modules": third_party_modules(),
+    }
+    table |= _agent_json(root, is_running=is_running) | serving_table(
+        slots
+    )  # a running agent answers for its own modules
+    table["slots"] = {slot: to_table(slots.state(slot)) for slot in NAMES}
+    lines = [f"agent: {'running, process ' + str(table.get('pid')) if is_running else 'not running'}"]
+    lines += [_slot_line(entry, is_served=entry["slot"] == table.get("slot")) for entry in table["slots"].values()]
+    if is_running:
+        lines.append(f"labels: {', '.join(table.get('labels', []))}; learned version {table.get('learned_version')}")
+        lines.append(
+            f"frames: {table.get('frames')}, errors {table.get('errors')}, messages waiting {table.get('spool_depth')}"
+        )
+        lines.append(f"broker: {'connected' if table.get('connected') else 'not connected'}")
+        lines.append(
+            f"modules: {'ok' if table.get('modules_ok') else 'FORBIDDEN'}: {', '.join(table.get('modules', []))}"
+        )
+    if arguments.history:
+        table["history"] = [to_table(entry) for entry in slots.history()]
+        lines += [_history_line(entry) for entry in table["history"]]
+    _show(arguments, table, lines)
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from device.config import resolve_runtime
+    from device.serving import Serving
+    from device.slots import Slots
+    from device.verbs import serving_table
+
+    root, config, board = _setup(arguments)
+    with _lock(root, "rollback"):
+        slots = Slots(root)
+        _recover(slots)
+        serving = Serving(slots, resolve_runtime(board, config.runtime))
+        serving.start()
+        serving.rollback()
+        table = serving_table(slots)
+    _show(
+        arguments, table, [f"back to {table['name']} {table['version']} {table['precision']} in slot {table['slot']}"]
+    )
+    return 0
+
+
+def _infer(arguments: argparse.Namespace) -> int:
+    from device.infer import infer_files
+
+    root, config, board = _setup(arguments)
+    table = infer_files(root, config, board, arguments.frames, precision=arguments.precision)
+    lines = [f"{result['frame_id']}\t{result['label']}\t{result['confidence']:.4f}" for result in table["results"]]
+    _show(arguments, table, lines)
+    return 0
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from device.config import resolve_runtime
+    from device.contract.errors import ArtifactError
+    from device.contract.records import to_table
+    from device.selftest import report_lines, run_in_child
+    from device.slots import Slots
+
+    root, config, board = _setup(arguments)
+    slots = Slots(root)
+    entry = slots.serving()
+    if entry is None:
+        raise ArtifactError(f"{root}: no model is installed; run 'fieldvit-device update'")
+    test = run_in_child(
+        slots.directory(entry.slot), entry.precision, threads=resolve_runtime(board, config.runtime).threads
+    )
+    _show(arguments, to_table(test), report_lines(test))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from device.contract.records import to_table
+    from device.doctor import examine
+
+    findings = []
+    for finding in examine(arguments.root):
+        findings.append(finding)
+        if not arguments.json:
+            advice = "" if finding.ok else f"\n        -> {finding.advice}"
+            print(f"{'ok' if finding.ok else 'WRONG':6s} {finding.check}: {finding.text}{advice}", flush=True)
+    if arguments.json:
+        print(json.dumps({"ok": all(f.ok for f in findings), "findings": to_table(findings)}, indent=1))
+    return 0 if all(finding.ok for finding in findings) else NOT_WELL
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fieldvit-device", description="The FieldViT agent: serve, teach and update a vision model on this board."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add(verbs, "run", _run, "serve until stopped", "fieldvit-device run --root /var/lib/fieldvit", json_flag=False)
+    update = _add(
+        verbs,
+        "update",
+        _update,
+        "install what the channel offers",
+        "fieldvit-device update --from dir:/media/usb/updates",
+    )
+    update.add_argument(
+        "--from", dest="source", metavar="dir:PATH", help="look here instead of update.source in agent.toml"
+    )
+    update.add_argument("--force", action="store_true", help="try a bundle again that was rejected here before")
+    status = _add(verbs, "status", _status, "what is served, and how it goes", "fieldvit-device status --json")
+    status.add_argument("--history", action="store_true", help="every state the slots went through, with reasons")
+    _add(verbs, "rollback", _rollback, "go back to the model before, for good", "fieldvit-device rollback")
+    infer = _add(verbs, "infer", _infer, "classify files", "fieldvit-device infer photo.png frames/ --json")
+    infer.add_argument(
+        "frames", nargs="+", type=Path, metavar="FRAME_OR_DIR", help="image files, or directories of them"
+    )
+    infer.add_argument("--precision", default="", help="another artifact of the bundle than the one served")
+    _add(
+        verbs,
+        "selftest",
+        _selftest,
+        "prove the served model again, in a child process",
+        "fieldvit-device selftest --json",
+    )
+    _add(
+        verbs,
+        "doctor",
+        _doctor,
+        "what is wrong with this board, and what to do",
+        "fieldvit-device doctor --root /var/lib/fieldvit",
+    )
+    return parser
+
+
+def _add(
+    verbs: Any, name: str, verb: Verb, text: str, example: str, *, json_flag: bool = True
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    parser.add_argument(
+        "--root", type=Path, default=DEFAULT_ROOT, metavar="DIR", help=f"data directory (default {DEFAULT_ROOT})"
+    )
+    if json_flag:
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _setup(arguments: argparse.Namespace) -> tuple[Path, Any, Any]:
+    from device.config import load_config
+    from device.contract.board import load_board
+
+    root = _root(arguments)
+    config = load_config(root)
+    return root, config, load_board(config.board)
+
+
+def _root(arguments: argparse.Namespace) -> Path:
+    from device.contract.errors import ConfigError
+
+    root: Path = arguments.root
+    if not root.is_dir():
+        raise ConfigError(f"{root}: is not a directory; create it, or pass --root DIR")
+    return root.resolve()
+
+
+def _lock(root: Path, purpose: str) -> Any:
+    from device.storage import agent_lock
+
+    return agent_lock(root, purpose)
+
+
+def _recover(slots: Any) -> None:
+    for line in slots.recover(is_start=False):
+        logging.getLogger(__name__).warning("recovered: %s", line)
+
+
+def _agent_json(root: Path, *, is_running: bool) -> dict[str, Any]:
+    try:
+        table = json.loads((root / "agent.json").read_bytes()) if is_running else {}
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _show(arguments: argparse.Namespace, table: dict[str, Any], lines: list[str]) -> None:
+    print(json.dumps(table, indent=1) if arguments.json else "\n".join(lines))
+
+
+def _slot_line(entry: dict[str, Any], *, is_served: bool) -> str:
+    model = f" {entry['name']} {entry['version']} {entry['precision']}" if entry["name"] else ""
+    reason = f" ({entry['reason']})" if entry["reason"] else ""
+    return f"slot {entry['slot']}: {entry['state']}{reason}{model}{', served' if is_served else ''}"
+
+
+def _history_line(entry: dict[str, Any]) -> str:
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry["time"]))
+    detail = f": {entry['detail']}" if entry["detail"] else ""
+    return f"{entry['number']:5d} {moment} {_slot_line(entry, is_served=False)}{detail}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

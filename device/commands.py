@@ -1,0 +1,178 @@
+"""Commands over MQTT: each is checked, remembered before it is acknowledged, obeyed in a worker, and answered once.
+
+learn     {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...]}
+update    {"source": "dir:PATH"?, "force": bool?}
+status    {}
+rollback  {}
+"""
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from device.contract.errors import DeviceError, MessageError
+from device.contract.messages import Command, Reply, decode_command, encode_reply
+from device.contract.records import from_table
+from device.spool import Spool
+
+MAX_QUEUED = 100
+MAX_ID_CHARACTERS = 128
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Any], dict[str, Any]]
+"""Obeys one verb, given its arguments record; what it returns is the reply's result. Raises DeviceError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnArguments:
+    """One label, and the examples of it: frames still in the ring, or features [n, D]."""
+
+    label: str
+    frame_ids: tuple[str, ...] = ()
+    features: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.frame_ids) == bool(self.features):
+            raise MessageError("learn: give either frame_ids or features")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateArguments:
+    """Where to look, instead of the configured source, and whether to retry a rejected bundle."""
+
+    source: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoArguments:
+    """For verbs that take none."""
+
+
+ARGUMENTS: dict[str, type[Any]] = {
+    "learn": LearnArguments,
+    "update": UpdateArguments,
+    "status": NoArguments,
+    "rollback": NoArguments,
+}
+
+
+class Commands:
+    """Takes payloads from the MQTT thread and runs handlers in workers: one for slots (minutes), one for the rest.
+
+    Args:
+        spool: remembers commands and holds the replies.
+        handlers: one for each verb of `ARGUMENTS`.
+        clock: wall-clock seconds, to compare with a command's expiry.
+    """
+
+    def __init__(self, spool: Spool, handlers: dict[str, Handler], *, clock: Callable[[], float] = time.time) -> None:
+        self._spool, self._handlers, self._clock = spool, handlers, clock
+        self.updates = Worker("updates")
+        self._quick = Worker("commands")
+
+    def start(self) -> None:
+        """Answer what a crash interrupted, then start the workers."""
+        for command_id in self._spool.unanswered_commands():
+            self._answer(
+                Reply(id=command_id, ok=False, error="the agent stopped before it had done this; send it again")
+            )
+        self.updates.start()
+        self._quick.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        return [self.updates, self._quick]
+
+    def receive(self, payload: bytes) -> None:
+        """Take one command. When this returns, it is remembered on the disk, so the broker may forget it."""
+        try:
+            command = decode_command(payload)
+        except MessageError as error:
+            self._refuse_unreadable(payload, error)
+            return
+        if not self._is_new(command.id, command.expires):
+            return
+        try:
+            arguments = self._check(command)
+        except MessageError as error:
+            self._answer(Reply(id=command.id, ok=False, error=one_line(error)))
+            return
+        worker = self.updates if command.verb in ("update", "rollback") else self._quick
+        if not worker.submit(lambda: self._obey(command, arguments)):
+            self._answer(Reply(id=command.id, ok=False, error=f"{MAX_QUEUED} commands are waiting; send it later"))
+
+    def _check(self, command: Command) -> Any:
+        if command.verb not in self._handlers:
+            raise MessageError(f"verb {command.verb!r} is unknown; verbs are {', '.join(sorted(self._handlers))}")
+        arguments = from_table(ARGUMENTS[command.verb], command.arguments, where=command.verb, error=MessageError)
+        self._require_fresh(command)
+        return arguments
+
+    def _require_fresh(self, command: Command) -> None:
+        if command.expires <= self._clock():
+            raise MessageError(
+                f"expired {self._clock() - command.expires:.0f} s ago by this board's clock; send it again"
+            )
+
+    def _obey(self, command: Command, arguments: Any) -> None:
+        reply = Reply(id=command.id, ok=False, error="internal error; see the agent's log")
+        try:
+            self._require_fresh(command)  # it may have waited
+            reply = Reply(id=command.id, ok=True, result=self._handlers[command.verb](arguments))
+        except DeviceError as error:
+            log.warning("%s refused: %s", command.verb, error)
+            reply = Reply(id=command.id, ok=False, error=one_line(error))
+        finally:
+            self._answer(reply)
+
+    def _refuse_unreadable(self, payload: bytes, error: MessageError) -> None:
+        """Answer a payload that breaks the contract, if at least its id can be read."""
+        log.warning("command refused: %s", error)
+        try:
+            table = json.loads(payload)
+        except (ValueError, RecursionError):
+            return
+        command_id = table.get("id") if isinstance(table, dict) else None
+        if isinstance(command_id, str) and self._is_new(command_id, self._clock()):
+            self._answer(Reply(id=command_id, ok=False, error=one_line(error)))
+
+    def _is_new(self, command_id: str, expires: float) -> bool:
+        if not 0 < len(command_id) <= MAX_ID_CHARACTERS or not (command_id.isascii() and command_id.isprintable()):
+            log.warning("command refused: its id must have 1 to %d printable ASCII characters", MAX_ID_CHARACTERS)
+            return False
+        return self._spool.receive_command(command_id, expires)
+
+    def _answer(self, reply: Reply) -> None:
+        self._spool.answer_command(reply.id, encode_reply(reply))
+
+
+class Worker(threading.Thread):
+    """Runs jobs one after the other. An unexpected exception ends the thread; the agent notices and exits."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=MAX_QUEUED)
+
+    def submit(self, job: Callable[[], None]) -> bool:
+        """Queue a job; False when too many wait."""
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            return False
+        return True
+
+    def run(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+def one_line(error: Exception) -> str:
+    """An error's text as one line that any encoder takes."""
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,165 @@
+"""The agent's configuration, `ROOT/agent.toml`; what it leaves out comes from the board profile.
+
+site = "greenhouse"             # fieldvit/v1/SITE/DEVICE/...
+device = "cam-1"
+board = "raspberry-pi-5"        # a profile of firmware_configs/
+channel = "stable"              # which bundle the update source offers this board
+precision = ""                  # "" = the board profile's order; else "float32", "int8", ...
+results = false                 # publish every inference result
+
+[broker]                        # optional: without it the agent works offline and keeps its messages
+hostname = "broker.local"
+port = 1883
+username = "cam-1"
+password_file = "broker.secret" # a path relative to ROOT, like every path here
+ca_file = "ca.pem"
+
+[source]
+path = "frames"
+poll_s = 0.2
+max_fps = 0                     # 0 = as fast as possible
+
+[update]
+source = "dir:updates"
+check_interval_s = 0            # 0 = on command, and at start when there is no model
+
+[runtime]                       # overrides of the board profile
+threads = 2
+"""
+
+import tomllib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from device.contract.board import Board, Runtime
+from device.contract.errors import ConfigError
+from device.contract.records import from_table
+from device.contract.topics import DeviceId, is_id
+
+CONFIG_NAME = "agent.toml"
+SOURCE_PREFIX = "dir:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """Where the MQTT broker is, and how to log in."""
+
+    hostname: str
+    port: int = 1883
+    keepalive_s: int = 60
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.hostname:
+            raise ConfigError("broker.hostname must not be empty; name the broker, or remove [broker] to work offline")
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"broker.port must be 1..65535, got {self.port}")
+        if not 5 <= self.keepalive_s <= 3600:
+            raise ConfigError(f"broker.keepalive_s must be 5..3600, got {self.keepalive_s}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """The directory that frames arrive in."""
+
+    path: str = "frames"
+    poll_s: float = 0.2
+    max_fps: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.poll_s <= 0 or self.max_fps < 0:
+            raise ConfigError(
+                f"source.poll_s must be above 0 and max_fps 0 or more, got {self.poll_s} and {self.max_fps}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig:
+    """Where updates come from, and how often to look."""
+
+    source: str = "dir:updates"
+    check_interval_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.source.startswith(SOURCE_PREFIX) or self.source == SOURCE_PREFIX:
+            raise ConfigError(f"update.source must be {SOURCE_PREFIX}PATH, got {self.source!r}")
+        if self.check_interval_s < 0:
+            raise ConfigError(f"update.check_interval_s must be 0 or more, got {self.check_interval_s}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOverrides:
+    """Values that replace the board profile's runtime defaults; see `device.contract.board.Runtime`."""
+
+    threads: int | None = None
+    feature_ring: int | None = None
+    spool_bytes: int | None = None
+    spool_age_s: int | None = None
+    telemetry_interval_s: float | None = None
+    soak_frames: int | None = None
+    soak_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value <= 0:
+                raise ConfigError(f"runtime.{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """Everything in `agent.toml`."""
+
+    site: str
+    device: str
+    board: str
+    channel: str = "stable"
+    precision: str = ""
+    results: bool = False
+    broker: BrokerConfig | None = None
+    source: SourceConfig = field(default_factory=SourceConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    runtime: RuntimeOverrides = field(default_factory=RuntimeOverrides)
+
+    def __post_init__(self) -> None:
+        for name in ("site", "device", "channel"):
+            if not is_id(getattr(self, name)):
+                raise ConfigError(f"{name} {getattr(self, name)!r}: use 1 to 64 letters, digits, '_' and '-' only")
+
+    @property
+    def id(self) -> DeviceId:
+        return DeviceId(self.site, self.device)
+
+
+def load_config(root: Path) -> AgentConfig:
+    """Read `ROOT/agent.toml`.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a value in it is missing, unknown or out of range.
+    """
+    path = root / CONFIG_NAME
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; write it ('fieldvit flash' does), or pass --root DIR") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+    return from_table(AgentConfig, table, where=str(path))
+
+
+def resolve_runtime(board: Board, overrides: RuntimeOverrides) -> Runtime:
+    """The board profile's runtime values with the overrides applied."""
+    return replace(board.runtime, **{name: value for name, value in asdict(overrides).items() if value is not None})
+
+
+def source_directory(source: str, base: Path) -> Path:
+    """The directory of a `dir:PATH` update source; a relative path starts at `base`.
+
+    Raises:
+        ConfigError: another kind of source.
+    """
+    UpdateConfig(source=source)
+    return base / source.removeprefix(SOURCE_PREFIX)

@@ -1,0 +1,78 @@
+"""Prove an artifact on this board: a few real frames with the outputs that this very artifact gave on the host.
+
+`golden.npz` holds `frames` uint8 [n, h, w, C] and, per precision, `PRECISION/features` [n, D] and `PRECISION/logits`
+[n, K] of the classes the bundle ships with. Kernels round differently on ARM and x86, hence a tolerance on features;
+the answers must be the same.
+"""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from device.contract.errors import ArtifactError
+from device.contract.manifest import Artifact, InputSpec
+from device.engine import Engine
+from device.learning.slda import SLDA
+from device.preprocess import preprocess
+
+GOLDEN_NAME = "golden.npz"
+DAMAGE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What NumPy raises on a damaged .npz."""
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a .npz whole, without pickle.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # before parsing: a flipped bit in a header could ask for any amount of memory
+        if damaged:
+            raise ArtifactError(f"{path}: {damaged} is damaged")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except DAMAGE as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{path}: cannot be read ({error})") from error
+
+
+def arrays_under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays named `PREFIX/...`, without the prefix."""
+    return {name.removeprefix(f"{prefix}/"): array for name, array in arrays.items() if name.startswith(f"{prefix}/")}
+
+
+def check_golden(engine: Engine, slot: Path, spec: InputSpec, artifact: Artifact, base_head: SLDA) -> float:
+    """Run the golden frames; returns the largest difference of a feature, relative to the largest golden value.
+
+    Raises:
+        ArtifactError: a feature differs by more than the artifact's tolerance, or an answer differs.
+    """
+    arrays = read_arrays(slot / GOLDEN_NAME)
+    try:
+        frames = arrays["frames"]
+        expected = arrays[f"{artifact.precision}/features"]
+        logits = arrays[f"{artifact.precision}/logits"]
+    except KeyError as error:
+        raise ArtifactError(f"{slot / GOLDEN_NAME}: has no {error}; export the bundle again") from error
+    features = np.stack([engine.features(preprocess(frame[None], spec)) for frame in frames])
+    if features.shape != expected.shape or not np.isfinite(features).all():
+        raise ArtifactError(
+            f"{artifact.path}: golden features are not finite or have shape {features.shape}, expected {expected.shape}"
+        )
+    difference = float(np.abs(features - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+    if difference > artifact.golden_tolerance:
+        raise ArtifactError(
+            f"{artifact.path}: golden features differ by {difference:.2g} of their largest value, "
+            f"{artifact.golden_tolerance:.2g} is allowed; this board computes something else than the host did"
+        )
+    wrong = int((base_head.logits(features).argmax(axis=1) != logits.argmax(axis=1)).sum())
+    if wrong:
+        raise ArtifactError(
+            f"{artifact.path}: {wrong} of {len(frames)} golden frames get another answer than on the host"
+        )
+    return difference

@@ -1,0 +1,68 @@
+"""Classify files once, with the served model and what the board has learned; changes nothing, so it may run beside the agent."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from device.config import AgentConfig, resolve_runtime
+from device.contract.board import Board
+from device.contract.errors import ArtifactError, FrameError
+from device.frames import list_frames, read_frame
+from device.modules import forbidden_modules
+from device.serving import Model
+from device.slots import Slots
+
+
+def infer_files(
+    root: Path, config: AgentConfig, board: Board, paths: list[Path], *, precision: str = ""
+) -> dict[str, Any]:
+    """Classify frames.
+
+    Args:
+        root: the agent's data directory.
+        config: its configuration.
+        board: its board profile.
+        paths: image files, or directories of them.
+        precision: another artifact of the served bundle.
+
+    Raises:
+        ArtifactError: no model is installed, or it has no such artifact.
+        FrameError: a file is missing or cannot be read, or a directory holds none.
+    """
+    slots = Slots(root)
+    entry = slots.serving()
+    if entry is None:
+        raise ArtifactError(f"{root}: no model is installed; run 'fieldvit-device update'")
+    model = Model.load(slots, entry.slot, precision or entry.precision, resolve_runtime(board, config.runtime))
+    results, latencies_ms = [], []
+    for frame_id, path in _files(paths):
+        pixels = read_frame(path, model.manifest.input.channels)
+        started = time.perf_counter()
+        _, answer = model.infer(pixels)
+        latencies_ms.append((time.perf_counter() - started) * 1000)
+        scores = dict(zip(model.classifier.head.labels, map(float, answer.scores), strict=True))
+        result = {"frame_id": frame_id, "label": answer.label, "confidence": answer.confidence}
+        results.append(result | {"latency_ms": latencies_ms[-1], "scores": scores})
+    p50, p90, p99 = np.percentile(latencies_ms, [50, 90, 99])
+    return {
+        "model": f"{model.manifest.name} {model.manifest.version}",
+        "precision": model.artifact.precision,
+        "learned_version": model.classifier.head.version,
+        "results": results,
+        "latency_ms": {"p50": float(p50), "p90": float(p90), "p99": float(p99)},
+        "modules_ok": not forbidden_modules(),
+    }
+
+
+def _files(paths: list[Path]) -> list[tuple[str, Path]]:
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise FrameError(f"{path}: no such file or directory")
+        found = list_frames(path)
+        if not found:
+            raise FrameError(f"{path}: holds no frames (.npy, .pgm, .ppm, .png, .jpg, ...)")
+        files += found
+    return files

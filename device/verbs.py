@@ -1,0 +1,151 @@
+"""What a command makes the agent do: learn, update, rollback, status. Runs in worker threads."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from device.commands import Handler, LearnArguments, NoArguments, UpdateArguments, one_line
+from device.config import source_directory
+from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError
+from device.contract.records import to_table
+from device.modules import forbidden_modules, third_party_modules
+from device.reporter import Reporter
+from device.serving import Serving
+from device.slots import Slots
+from device.updater import Staged, Updater
+
+log = logging.getLogger(__name__)
+
+_SHOWN = ("slot", "state", "name", "version", "release", "precision")
+
+
+class Verbs:
+    """Obeys commands.
+
+    Args:
+        root: where a relative update source starts.
+        source: the configured update source.
+        announce: tells the world that the state has changed.
+        status: figures of the frame loop and the connection, for `status`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        *,
+        slots: Slots,
+        serving: Serving,
+        updater: Updater,
+        reporter: Reporter,
+        announce: Callable[[], None],
+    ) -> None:
+        self._root, self._source = root, source
+        self._slots, self._serving, self._updater, self._reporter = slots, serving, updater, reporter
+        self._announce = announce
+        self._last_refusal = ""
+
+    def handlers(self, status: Callable[[], dict[str, Any]]) -> dict[str, Handler]:
+        """One handler for each verb."""
+        return {"learn": self._learn, "update": self._update, "rollback": self._rollback, "status": lambda _: status()}
+
+    def check_for_update(self) -> None:
+        """An update nobody asked for: a refusal is reported once, not at each look."""
+        try:
+            self._install(source_directory(self._source, self._root), force=False, is_asked=False)
+        except DeviceError as error:
+            log.warning("no update: %s", error)
+
+    def _update(self, arguments: UpdateArguments) -> dict[str, Any]:
+        source = source_directory(arguments.source or self._source, self._root)
+        return self._install(source, force=arguments.force, is_asked=True)
+
+    def _install(self, source: Path, *, force: bool, is_asked: bool) -> dict[str, Any]:
+        mark = self._slots.last_number
+        try:
+            staged = install(self._updater, self._serving, source, force=force)
+            self._last_refusal = ""
+        except DeviceError as error:
+            self._report_refusal(error, mark, is_asked=is_asked)
+            raise
+        return {"updated": staged is not None} | serving_table(self._slots)
+
+    def _report_refusal(self, error: DeviceError, mark: int, *, is_asked: bool) -> None:
+        """Report it, unless it came so far that the journal holds it and its event follows from there."""
+        reason = refusal_reason(error)
+        is_journaled = any(entry.state == "rejected" for entry in self._slots.history(after=mark))
+        if not is_journaled and (is_asked or reason != self._last_refusal):
+            self._reporter.event("refused", reason=reason, detail=one_line(error))
+        self._last_refusal = reason
+
+    def _rollback(self, _: NoArguments) -> dict[str, Any]:
+        self._serving.rollback()
+        return serving_table(self._slots)
+
+    def _learn(self, arguments: LearnArguments) -> dict[str, Any]:
+        model = self._serving.model
+        if model is None:
+            raise ArtifactError("there is no model to teach; send an update first")
+        is_by_frame = bool(arguments.frame_ids)
+        try:
+            features = model.ring.get(arguments.frame_ids) if is_by_frame else _feature_matrix(arguments.features)
+            head = model.classifier.learn(features, arguments.label)
+        except LearningError as error:
+            self._reporter.event("error", reason="learn", detail=one_line(error))
+            raise
+        result = {
+            "label": arguments.label,
+            "examples": len(features),
+            "classes": len(head.labels),
+            "version": head.version,
+        }
+        self._reporter.event("learned", **result)
+        self._announce()
+        return result
+
+
+def install(updater: Updater, serving: Serving, source: Path, *, force: bool) -> Staged | None:
+    """Stage what the source offers and serve it on probation; None when it is served already."""
+    staged = updater.stage(source, force=force)
+    if staged:
+        serving.activate(staged.slot, staged.test.precision)
+    return staged
+
+
+def refusal_reason(error: DeviceError) -> str:
+    """The stable word for a refused update."""
+    if isinstance(error, UpdateRefusedError):
+        return error.reason
+    return "config" if isinstance(error, ConfigError) else "load"
+
+
+def serving_table(slots: Slots) -> dict[str, Any]:
+    """What is served, for replies and `--json`."""
+    entry = slots.serving()
+    table = to_table(entry) if entry else {"state": "empty"}
+    return {name: table.get(name) for name in _SHOWN}
+
+
+def status_table(slots: Slots, serving: Serving, boot: str) -> dict[str, Any]:
+    """What is served, what was learned, and which code is loaded."""
+    model = serving.model
+    return serving_table(slots) | {
+        "boot": boot,
+        "pid": os.getpid(),
+        "time": time.time(),
+        "labels": list(model.classifier.head.labels) if model else [],
+        "learned_version": model.classifier.head.version if model else 0,
+        "modules_ok": not forbidden_modules(),
+        "modules": third_party_modules(),
+    }
+
+
+def _feature_matrix(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
+    if len({len(row) for row in rows}) != 1:
+        raise LearningError("features: rows have different lengths")
+    return np.array(rows, np.float32)  # [n, D]

@@ -1,0 +1,29 @@
+"""The tiny model, converted once, and a board that has it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.agent import Field
+from tests.support.broker import mosquitto
+from tests.support.tiny_bundle import TinyModel, convert_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return convert_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def field(tmp_path: Path, tiny_model: TinyModel) -> Field:
+    """A board without a model, and a repository that offers release 1."""
+    field = Field.create(tmp_path, tiny_model)
+    field.publish(1)
+    return field
+
+
+@pytest.fixture(scope="session")
+def broker_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with mosquitto(tmp_path_factory.mktemp("broker")) as port:
+        yield port

@@ -1,0 +1,234 @@
+"""The agent as a process, with real brokers: what it says, what it obeys, and how it leaves."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from device.contract.messages import (
+    Command,
+    decode_event,
+    decode_reply,
+    decode_result,
+    decode_state,
+    decode_telemetry,
+    encode_command,
+)
+from device.spool import Spool
+from tests.support.agent import PREFIX, Field
+from tests.support.broker import amqtt, find_free_port, listen, mosquitto
+from tests.support.tiny_bundle import NEW_LABEL, write_frames, wrong_golden
+
+
+def command(verb: str, command_id: str = "c1", *, expires_in_s: float = 60, **arguments: object) -> bytes:
+    return encode_command(Command(id=command_id, verb=verb, expires=time.time() + expires_in_s, arguments=arguments))
+
+
+def is_online(payload: bytes) -> bool:
+    return decode_state(payload).status == "online"
+
+
+def has_model(payload: bytes) -> bool:
+    return decode_state(payload).model is not None
+
+
+def is_event(kind: str) -> Callable[[bytes], bool]:
+    return lambda payload: decode_event(payload).kind == kind
+
+
+def answers(command_id: str) -> Callable[[bytes], bool]:
+    return lambda payload: decode_reply(payload).id == command_id
+
+
+@pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
+def test_a_board_installs_classifies_learns_and_reports(field: Field, tmp_path, broker):
+    with amqtt() if broker == "amqtt" else mosquitto(tmp_path) as port, listen(port, PREFIX) as listener:
+        field.configure(port=port, top="results = true")
+        with field.agent() as agent:
+            birth = decode_state(listener.wait_for("state", has_model))
+            assert birth.model.version == "1.0.0"
+            assert birth.forbidden_modules == ()
+            for kind in ("installed", "confirmed"):
+                assert decode_event(listener.wait_for("event", is_event(kind))).data["precision"] == "int8"
+            for class_index in range(5):
+                write_frames(field.root / "frames", 10, class_index)
+            listener.wait_for("result", lambda payload: decode_result(payload).frame_id == "c4-0-0009")
+            listener.wait_for("telemetry", lambda payload: "drift" in decode_telemetry(payload).values)
+
+            listener.send(command("learn", label=NEW_LABEL, frame_ids=[f"c4-0-{i:04d}" for i in range(10)]))
+            reply = decode_reply(listener.wait_for("reply", answers("c1")))
+            assert reply.ok, reply.error
+            assert reply.result["version"] == 1
+            listener.wait_for("state", lambda payload: decode_state(payload).learned_version == 1)
+            write_frames(field.root / "frames", 5, 4, seed=9)
+            labels = {decode_result(listener.wait_for("result", is_frame(f"c4-9-{i:04d}"))).label for i in range(5)}
+            assert labels == {NEW_LABEL}
+
+            agent.send_signal(signal.SIGTERM)
+            assert agent.wait(timeout=10) == 0
+        assert decode_state(listener.wait_for("state", lambda payload: not is_online(payload))).boot == birth.boot
+        require_no_gaps(listener, birth.boot)
+
+
+def is_frame(frame_id: str) -> Callable[[bytes], bool]:
+    return lambda payload: decode_result(payload).frame_id == frame_id
+
+
+def require_no_gaps(listener, boot: str) -> None:
+    messages = [decode_telemetry(payload) for payload in listener.all("telemetry")]
+    messages += [decode_event(payload) for payload in listener.all("event")]
+    numbers = {message.sequence for message in messages if message.boot == boot}
+    assert numbers == set(range(1, max(numbers) + 1))
+
+
+def test_will_is_published_after_a_kill(field: Field, broker_port):
+    field.configure(port=broker_port)
+    with listen(broker_port, PREFIX) as listener, field.agent() as agent:
+        boot = decode_state(listener.wait_for("state", has_model)).boot
+        agent.kill()
+        listener.wait_for(
+            "state", lambda payload: decode_state(payload).status == "offline" and decode_state(payload).boot == boot
+        )
+
+
+def test_every_command_gets_exactly_one_reply(field: Field, broker_port):
+    field.configure(port=broker_port)
+    Spool(field.root / "spool.db", max_bytes=10**6, max_age_s=10**6).receive_command("interrupted", time.time() + 60)
+    with listen(broker_port, PREFIX) as listener, field.agent() as agent:
+        listener.wait_for("event", is_event("confirmed"))
+        listener.send(command("status", "again"))
+        listener.send(command("status", "again"))
+        listener.send(command("status", "late", expires_in_s=-1))
+        listener.send(command("fly", "unknown"))
+        listener.send(command("learn", "odd", wings=2))
+        listener.send(b'{"id": "future", "schema": 2}')
+        listener.send(b"no JSON")
+        listener.send(command("rollback", "last"))
+        wanted = ["interrupted", "again", "late", "unknown", "odd", "future", "last"]
+        replies = {name: decode_reply(listener.wait_for("reply", answers(name))) for name in wanted}
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(timeout=10)
+        assert sorted(decode_reply(payload).id for payload in listener.all("reply")) == sorted(wanted)
+    assert replies["again"].result["modules_ok"] is True
+    errors = {name: reply.error for name, reply in replies.items() if not reply.ok}
+    assert "stopped before" in errors["interrupted"]
+    assert "expired" in errors["late"]
+    assert "verbs are learn, rollback, status, update" in errors["unknown"]
+    assert "unknown key 'wings'" in errors["odd"]
+    assert "schema" in errors["future"]
+    assert "no earlier confirmed model" in errors["last"]
+    assert not any("\n" in error for error in errors.values())
+
+
+def test_messages_wait_while_the_broker_is_away(field: Field, tmp_path):
+    port = find_free_port()
+    field.configure(port=port)
+    with mosquitto(tmp_path, port), listen(port, PREFIX, "listener"):
+        pass  # from now on, the broker keeps for the listener what comes before it is back
+    with field.agent() as agent:
+        wait_for_log(field, "event confirmed")
+        with mosquitto(tmp_path, port), listen(port, PREFIX, "listener") as listener:
+            boot = decode_state(listener.wait_for("state", is_online)).boot
+            listener.wait_for("event", is_event("confirmed"))
+            agent.send_signal(signal.SIGTERM)
+            agent.wait(timeout=10)
+            require_no_gaps(listener, boot)
+
+
+def test_commands_update_refuse_and_roll_back(field: Field, broker_port):
+    field.configure(port=broker_port)
+    with listen(broker_port, PREFIX) as listener, field.agent():
+        listener.wait_for("event", is_event("confirmed"))
+        field.publish(2)
+        listener.send(command("update", "u2"))
+        reply = decode_reply(listener.wait_for("reply", answers("u2")))
+        assert reply.ok, reply.error
+        assert (reply.result["state"], reply.result["slot"], reply.result["version"]) == ("testing", "b", "2.0.0")
+        listener.wait_for(
+            "event",
+            lambda payload: decode_event(payload).kind == "confirmed" and decode_event(payload).data["release"] == 2,
+        )
+
+        field.publish(3, files=wrong_golden(field.model))
+        listener.send(command("update", "u3"))
+        assert "golden features differ" in decode_reply(listener.wait_for("reply", answers("u3"))).error
+        assert decode_event(listener.wait_for("event", is_event("refused"))).data["reason"] == "selftest"
+        listener.send(command("update", "u4"))
+        assert "rejected here before" in decode_reply(listener.wait_for("reply", answers("u4"))).error
+
+        listener.send(command("rollback", "r1"))
+        assert (
+            "no earlier confirmed model" in decode_reply(listener.wait_for("reply", answers("r1"))).error
+        )  # slot a took release 3
+
+
+def test_rollback_goes_back_and_stays_back(field: Field, broker_port):
+    field.configure(port=broker_port, update="check_interval_s = 0.2")
+    with listen(broker_port, PREFIX) as listener, field.agent():
+        listener.wait_for("event", is_event("confirmed"))
+        field.publish(2)
+        listener.wait_for(
+            "event",
+            lambda payload: decode_event(payload).kind == "confirmed" and decode_event(payload).data["release"] == 2,
+        )
+        listener.send(command("rollback", "r1"))
+        assert decode_reply(listener.wait_for("reply", answers("r1"))).result["version"] == "1.0.0"
+        assert decode_event(listener.wait_for("event", is_event("rolled-back"))).data["reason"] == "rolled-back"
+        refused = decode_event(listener.wait_for("event", is_event("refused")))
+        assert refused.data["reason"] == "rejected-before"
+        time.sleep(1)
+        assert (
+            len([payload for payload in listener.all("event") if is_event("refused")(payload)]) == 1
+        )  # said once, not at each look
+
+
+def test_a_second_agent_gets_one_clear_line(field: Field):
+    with field.agent() as agent:
+        wait_for_log(field, "event confirmed")
+        for verb in ("run", "update", "rollback"):
+            second = field.cli(verb)
+            assert second.returncode == 10
+            assert f"is in use by 'fieldvit-device run' (process {agent.pid})" in second.stderr
+            assert len(second.stderr.strip().splitlines()) == 1
+        status = json.loads(field.cli("status", "--json").stdout)
+        assert status["running"] is True
+        assert status["version"] == "1.0.0"
+        assert status["modules_ok"] is True
+        assert set(status["modules"]).isdisjoint({"torch", "tensorflow", "host", "converters"})
+
+
+def test_learned_classes_survive_a_restart_and_damage_is_reported(field: Field, broker_port):
+    field.configure(port=broker_port)
+    write_frames(field.root / "frames", 10, 4)
+    with listen(broker_port, PREFIX) as listener:
+        with field.agent() as agent:
+            listener.wait_for("telemetry", lambda payload: decode_telemetry(payload).values["frames"] == 10)
+            ids = [f"c4-0-{i:04d}" for i in range(10)]
+            for number in (1, 2):
+                listener.send(
+                    command("learn", f"l{number}", label=NEW_LABEL, frame_ids=ids[5 * number - 5 : 5 * number])
+                )
+                assert decode_reply(listener.wait_for("reply", answers(f"l{number}"))).ok
+            agent.kill()
+        result = json.loads(field.cli("infer", field.root / "frames", "--json").stdout)
+        assert result["learned_version"] == 2
+        assert {answer["label"] for answer in result["results"]} == {NEW_LABEL}
+        (state,) = (field.root / "state").glob("*.npz")
+        state.write_bytes(state.read_bytes()[:-100])
+        with field.agent():
+            event = decode_event(listener.wait_for("event", is_event("unlearned")))
+            assert "learned state not used" in event.data["detail"]
+            listener.wait_for(
+                "state",
+                lambda payload: decode_state(payload).learned_version == 1 and decode_state(payload).boot == event.boot,
+            )
+
+
+def wait_for_log(field: Field, text: str, timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while text not in field.log:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{text!r} not in the agent's log:\n{field.log}")
+        time.sleep(0.05)

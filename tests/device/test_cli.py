@@ -1,0 +1,164 @@
+"""Every verb: its help has an example, wrong input is one line with an exit code, and it works on a real board directory."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.agent import Field, run_cli
+from tests.support.broker import find_free_port
+from tests.support.tiny_bundle import LABELS, write_frames
+
+VERBS = ("run", "update", "status", "rollback", "infer", "selftest", "doctor")
+
+
+def require_one_error_line(result, exit_code: int, *texts: str) -> None:
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == exit_code, result.stderr
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    for text in texts:
+        assert text in lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_that_parses(verb: str):
+    result = run_cli(verb, "--help")
+    assert result.returncode == 0
+    assert re.search(rf"example: fieldvit-device {verb}\b", result.stdout)
+    assert "--root" in result.stdout
+
+
+def test_help_lists_every_verb():
+    assert all(verb in run_cli("--help").stdout for verb in VERBS)
+    assert run_cli("fly").returncode == 2
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "doctor"])
+def test_a_missing_root_is_one_line(tmp_path: Path, verb: str):
+    extra = ["frame.npy"] if verb == "infer" else []
+    require_one_error_line(run_cli(verb, "--root", tmp_path / "none", *extra), 2, str(tmp_path / "none"), "--root DIR")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "missing key 'site', 'device', 'board'; add it"),
+        ("sight = 3", "unknown key 'sight'"),
+        ("= broken", "not TOML"),
+        ('site = "a b"\ndevice = "d"\nboard = "generic-x86-64"', "site 'a b'"),
+        ('site = "s"\ndevice = "d"\nboard = "toaster"', "board 'toaster' is unknown; choose one of"),
+        (
+            'site = "s"\ndevice = "d"\nboard = "generic-x86-64"\n[broker]\nhostname = "h"\nport = 0',
+            "broker.port must be 1..65535",
+        ),
+        (
+            'site = "s"\ndevice = "d"\nboard = "generic-x86-64"\n[runtime]\nthreads = 0',
+            "runtime.threads must be above 0",
+        ),
+        (
+            'site = "s"\ndevice = "d"\nboard = "generic-x86-64"\n[update]\nsource = "ftp:x"',
+            "update.source must be dir:PATH",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(tmp_path: Path, text: str, message: str):
+    (tmp_path / "agent.toml").write_text(text)
+    require_one_error_line(run_cli("run", "--root", tmp_path), 2, message)
+
+
+def test_verbs_without_a_model_say_what_to_do(field: Field):
+    write_frames(field.root / "frames", 1, 0)
+    require_one_error_line(field.cli("infer", field.root / "frames"), 3, "run 'fieldvit-device update'")
+    require_one_error_line(field.cli("selftest"), 3, "run 'fieldvit-device update'")
+    require_one_error_line(field.cli("rollback"), 3, "install one with 'fieldvit-device update'")
+    require_one_error_line(field.cli("update", "--from", "dir:/nowhere"), 5, "refused (unreachable)", "/nowhere")
+    assert json.loads(field.cli("status", "--json").stdout)["state"] == "empty"
+
+
+def test_a_board_by_hand(field: Field):
+    result = field.cli("update", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "updated": True, "slot": "a", "state": "confirmed", "name": "tiny", "version": "1.0.0", "release": 1, "precision": "int8"
+    }  # fmt: skip
+    assert "is up to date" in field.cli("update").stdout
+    frames = write_frames(field.directory / "photos", 3, 2) + write_frames(field.directory / "photos", 2, 3)
+    table = json.loads(field.cli("infer", field.directory / "photos", frames[0], "--json").stdout)
+    assert [answer["label"] for answer in table["results"]] == [LABELS[2]] * 3 + [LABELS[3]] * 2 + [LABELS[2]]
+    assert (table["model"], table["precision"], table["learned_version"], table["modules_ok"]) == (
+        "tiny 1.0.0",
+        "int8",
+        0,
+        True,
+    )
+    assert set(table["latency_ms"]) == {"p50", "p90", "p99"}
+    assert all(sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5) for answer in table["results"])
+    assert (
+        json.loads(field.cli("infer", frames[0], "--precision", "float32", "--json").stdout)["precision"] == "float32"
+    )
+    assert LABELS[2] in field.cli("infer", frames[0]).stdout
+    assert json.loads(field.cli("selftest", "--json").stdout)["precision"] == "int8"
+
+    field.publish(2)
+    assert "tiny 2.0.0 int8 in slot b: installed and confirmed" in field.cli("update").stdout
+    assert "back to tiny 1.0.0" in field.cli("rollback").stdout
+    require_one_error_line(field.cli("update"), 5, "was rejected here before (rolled-back)", "--force")
+    assert field.cli("update", "--force").returncode == 0
+    history = field.cli("status", "--history").stdout
+    assert "rejected (rolled-back) tiny 2.0.0 int8" in history
+    assert "slot b: confirmed tiny 2.0.0 int8, served" in history
+
+
+def test_infer_refuses_what_it_cannot_read(field: Field):
+    field.cli("update")
+    bad, odd = field.directory / "bad.pgm", field.directory / "odd.npy"
+    bad.write_bytes(b"no image")
+    np.save(odd, np.zeros((8, 8, 3), np.uint8))
+    (field.directory / "empty").mkdir()
+    require_one_error_line(field.cli("infer", "missing.png"), 9, "missing.png: no such file")
+    require_one_error_line(field.cli("infer", bad), 9, "bad.pgm: not a binary PGM")
+    require_one_error_line(field.cli("infer", odd), 9, "got uint8 [1, 8, 8, 3]")
+    require_one_error_line(field.cli("infer", field.directory / "empty"), 9, "holds no frames")
+    require_one_error_line(
+        field.cli("infer", odd, "--precision", "int4"), 3, "has no int4 artifact; it has int8, float32"
+    )
+
+
+def test_damaged_slot_is_refused_and_the_model_before_takes_over(field: Field):
+    field.cli("update")
+    field.publish(2)
+    field.cli("update")
+    model = field.root / "slots" / "b" / "model.int8.tflite"
+    model.write_bytes(model.read_bytes()[:-1])
+    frame = write_frames(field.directory / "photos", 1, 0)[0]
+    require_one_error_line(field.cli("infer", frame), 3, "model.int8.tflite: sha256")
+    require_one_error_line(field.cli("selftest"), 3, "model.int8.tflite: sha256")
+    assert "rejected (load)" in (field.cli("rollback").stderr + field.cli("status", "--history").stdout)
+    assert json.loads(field.cli("infer", frame, "--json").stdout)["model"] == "tiny 1.0.0"
+
+
+def test_doctor_says_what_is_wrong_and_what_to_do(field: Field):
+    result = run_cli("doctor", "--root", field.directory / "none", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["findings"][0]["advice"].startswith("mkdir -p")
+    field.configure(port=find_free_port())
+    (field.root / "root.json").unlink()
+    (field.root / "frames").rmdir()
+    result = field.cli("doctor")
+    assert result.returncode == 1
+    for check in ("trust", "model", "frames", "broker"):
+        assert re.search(rf"WRONG\s+{check}: .*\n\s+-> \S", result.stdout), result.stdout
+
+
+def test_doctor_is_content_with_a_sound_board(field: Field, broker_port: int):
+    field.configure(port=broker_port)
+    field.cli("update")
+    result = field.cli("doctor", "--json")
+    table = json.loads(result.stdout)
+    assert result.returncode == 0, table
+    checks = [finding["check"] for finding in table["findings"]]
+    assert checks == ["root", "disk", "clock", "config", "board", "trust", "agent", "model", "frames", "broker"]

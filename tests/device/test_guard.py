@@ -1,0 +1,114 @@
+"""The guard lets honest lessons through and refuses harmful ones, with the figure and the bound in the message."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from device.contract.errors import GuardError
+from device.learning import guard
+from device.learning.slda import SLDA
+
+MEANS = 6 * np.random.default_rng(0).standard_normal((4, 8))
+
+
+def samples(labels: list[int], per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    repeated = np.repeat(labels, per_class)
+    return MEANS[repeated] + np.random.default_rng(seed).standard_normal((len(repeated), 8)), repeated
+
+
+@pytest.fixture
+def before() -> SLDA:
+    slda = SLDA(3, 8, shrinkage=0.03)
+    slda.update(*samples([0, 1, 2], 50, seed=1))
+    return slda
+
+
+def taught(before: SLDA, features: np.ndarray, labels: np.ndarray) -> SLDA:
+    after = copy.deepcopy(before)
+    while after.num_classes <= labels.max():
+        after.add_class()
+    after.update(features, labels)
+    return after
+
+
+def check(before: SLDA, after: guard.Learner, features: np.ndarray, labels: np.ndarray, max_drop: float = 0.02):
+    guard_features, guard_labels = samples([0, 1, 2], 20, seed=2)
+    return guard.check(
+        before,
+        after,
+        guard_features=guard_features,
+        guard_labels=guard_labels,
+        new_features=features,
+        new_labels=labels,
+        max_drop=max_drop,
+    )
+
+
+def test_honest_new_class_passes(before):
+    features, labels = samples([3], 20, seed=3)
+    figures = check(before, taught(before, features, labels), features, labels)
+    assert figures.old_before - figures.old_after <= 0.02
+    assert figures.taught_before == 0
+    assert figures.taught_after == 1
+
+
+def test_more_of_a_known_class_passes(before):
+    features, labels = samples([1], 20, seed=4)
+    assert check(before, taught(before, features, labels), features, labels).taught_after >= 0.9
+
+
+def test_lesson_that_takes_an_old_class_is_refused(before):
+    features, _ = samples([1], 200, seed=5)
+    labels = np.full(200, 3)  # somebody labels class 1 as a new class
+    with pytest.raises(
+        GuardError, match=r"fall from 1\.0000 to 0\.\d{4} right, 0\.\d{4} lost where 0\.0200 is allowed"
+    ):
+        check(before, taught(before, features, labels), features, labels)
+
+
+def test_new_class_of_random_examples_is_refused(before):
+    rng = np.random.default_rng(6)
+    features, labels = samples([0, 1, 2], 7, seed=6)[0], np.full(21, 3)
+    features = features[rng.permutation(21)]
+    with pytest.raises(GuardError, match=r"class 3: 0\.\d{4} of its 21 examples .* the bound is 0\.5000"):
+        check(before, taught(before, features, labels), features, labels, max_drop=1.0)
+
+
+class FixedHead:
+    """A head with given numbers."""
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        self.head = weight, bias
+
+    def linear(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.head
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2e6])
+@pytest.mark.parametrize("part", [0, 1])
+def test_unbounded_head_is_refused(before, bad, part):
+    head = [array.copy() for array in before.linear()]
+    head[part].flat[-1] = bad
+    features, labels = samples([1], 5, seed=7)
+    with pytest.raises(GuardError, match=r"largest weight is (nan|inf|2e\+06), the bound is 1e\+06"):
+        check(before, FixedHead(*head), features, labels)
+
+
+def test_no_guard_features_is_refused(before):
+    nothing = np.zeros((0, 8)), np.zeros(0, np.int64)
+    with pytest.raises(GuardError, match="no guard features"):
+        guard.check(
+            before,
+            before,
+            guard_features=nothing[0],
+            guard_labels=nothing[1],
+            new_features=nothing[0],
+            new_labels=nothing[1],
+            max_drop=0.0,
+        )
+
+
+def test_the_bound_itself_is_allowed(before):
+    features, labels = samples([3], 20, seed=8)
+    check(before, taught(before, features, labels), features, labels, max_drop=0.0)

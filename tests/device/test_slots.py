@@ -1,0 +1,187 @@
+"""Slots after a power cut at any point: there is always a whole confirmed model, and the next update works."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from device.contract.bundle import extract, verify_directory
+from device.contract.errors import AgentBusyError, ArtifactError
+from device.slots import MAX_TEST_STARTS, NAMES, Slots
+from tests.support.bundles import make_manifest, write_plain_bundle
+
+SYSTEM_CALLS = ("replace", "fsync", "pwrite", "ftruncate", "open", "mkdir", "rmdir", "unlink", "symlink", "rename")
+
+
+class PowerCut(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def bundle_of(directory: Path, release: int) -> Path:
+    path = directory / f"plain-{release}.fieldvit"
+    return path if path.exists() else write_plain_bundle(path, make_manifest(release=release, version=f"{release}.0.0"))
+
+
+def install(root: Path, release: int, *, confirm: bool = True) -> Slots:
+    slots = Slots(root, clock=lambda: 1.0)
+    bundle = bundle_of(root.parent, release)
+    entry = slots.stage(f"hash-{release}", lambda directory: extract(bundle, directory))
+    slots.begin_testing(entry.slot, "int8")
+    if confirm:
+        slots.confirm(entry.slot)
+    return slots
+
+
+def require_consistent(root: Path, releases: set[int]) -> None:
+    slots = Slots(root)
+    slots.recover(is_start=True)
+    serving, fallback = slots.serving(), slots.fallback()
+    assert serving.release in releases
+    assert verify_directory(slots.directory(serving.slot)).release == serving.release
+    assert verify_directory(slots.directory(fallback.slot)).release == fallback.release
+    assert os.readlink(root / "current") == f"slots/{serving.slot}"
+    assert {path.name for path in (root / "slots").iterdir()} <= set(NAMES)
+    assert not (root / "current.tmp").is_symlink()
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies loses nothing it wrote, synced or not; a thousand real syncs would take a minute."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    root.mkdir()
+    install(root, 1)
+    return root
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> list[str]:
+    """Let the process die before its `limit`-th system call that changes the disk; returns the calls made."""
+    calls: list[str] = []
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: object, **keywords: object) -> object:
+            if limit is not None and len(calls) == limit:
+                raise PowerCut
+            calls.append(name)
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in SYSTEM_CALLS:
+        wrap(name)
+    return calls
+
+
+def update(root: Path) -> None:
+    Slots(root).recover(is_start=True)
+    install(root, 2)
+    install(root, 3, confirm=False).reject("a", "engine")
+    install(root, 4)
+
+
+def test_power_cut_before_any_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        copy = fresh_copy(root, tmp_path / "whole" / "root")
+        calls = count_calls(patch, None)
+        update(copy)
+    total = len(calls)
+    for limit in range(total):
+        copy = fresh_copy(root, tmp_path / "cut" / "root")
+        with monkeypatch.context() as patch:
+            count_calls(patch, limit)
+            with pytest.raises(PowerCut):
+                update(copy)
+        require_consistent(copy, {1, 2, 3, 4})
+        if Slots(copy).serving().state == "testing":
+            Slots(copy).confirm(Slots(copy).serving().slot)
+        install(copy, 5)
+        require_consistent(copy, {5})
+    assert total > 100
+
+
+def fresh_copy(root: Path, target: Path) -> Path:
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.parent.mkdir()
+    for release in (2, 3, 4, 5):
+        bundle_of(target.parent, release)
+    shutil.copytree(root, target, symlinks=True)
+    return target
+
+
+def test_journal_torn_at_any_byte(root: Path, tmp_path: Path):
+    first = (root / "journal.jsonl").stat().st_size
+    install(root, 2, confirm=False)
+    content = (root / "journal.jsonl").read_bytes()
+    for size in range(first, len(content) + 1):
+        copy = tmp_path / "torn"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(root, copy, symlinks=True, copy_function=os.link)
+        (copy / "journal.jsonl").unlink()
+        (copy / "journal.jsonl").write_bytes(content[:size])
+        require_consistent(copy, {1, 2})
+        assert Slots(copy).fallback().release == 1
+
+
+def test_model_that_never_confirms_is_reverted(root: Path):
+    install(root, 2, confirm=False)
+    for _ in range(MAX_TEST_STARTS):
+        slots = Slots(root)
+        slots.recover(is_start=True)
+        assert slots.serving().release == 2
+    slots = Slots(root)
+    assert "3 starts without confirmation" in slots.recover(is_start=True)[0]
+    assert slots.serving().release == 1
+    assert slots.rejection("hash-2").reason == "crash-loop"
+
+
+def test_verbs_do_not_count_as_starts(root: Path):
+    install(root, 2, confirm=False)
+    for _ in range(2 * MAX_TEST_STARTS):
+        Slots(root).recover(is_start=False)
+    assert Slots(root).serving().release == 2
+
+
+def test_a_model_in_testing_is_never_overwritten(root: Path):
+    slots = install(root, 2, confirm=False)
+    with pytest.raises(AgentBusyError, match="slot b is still in testing"):
+        install(root, 3)
+    assert slots.fallback().release == 1
+
+
+def test_rollback_needs_an_earlier_confirmed_model(root: Path):
+    with pytest.raises(ArtifactError, match="no earlier confirmed model"):
+        Slots(root).rollback_target()
+    assert install(root, 2).rollback_target().release == 1
+
+
+def test_confirming_again_lifts_a_rejection(root: Path):
+    install(root, 2, confirm=False).reject("b", "engine", "it failed")
+    assert Slots(root).rejection("hash-2").detail == "it failed"
+    install(root, 2)
+    assert Slots(root).rejection("hash-2") is None
+
+
+def test_damaged_lines_are_reported_and_ignored(root: Path):
+    journal = root / "journal.jsonl"
+    journal.write_bytes(b"garbage\n" + journal.read_bytes())
+    slots = Slots(root)
+    assert "1 damaged lines" in slots.recover(is_start=True)[0]
+    assert slots.serving().release == 1
+
+
+def test_a_long_journal_is_compacted_and_keeps_its_states(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("device.journal.MAX_BYTES", 2000)
+    monkeypatch.setattr("device.journal.KEEP_LINES", 3)
+    for release in range(2, 8):
+        install(root, release)
+    before = [Slots(root).state(slot) for slot in NAMES]
+    Slots(root).recover(is_start=True)
+    assert [Slots(root).state(slot) for slot in NAMES] == before
+    assert len(Slots(root).history()) <= 5

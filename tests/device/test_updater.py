@@ -1,0 +1,201 @@
+"""What an update must pass before it is served: trust, board, budgets, and a self-test in a process of its own."""
+
+import dataclasses
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import device.selftest
+from device.config import load_config
+from device.contract.board import Board, load_board
+from device.contract.errors import ArtifactError, BoardMismatchError, UpdateRefusedError
+from device.selftest import SelfTest, run_in_child
+from device.slots import Slots
+from device.updater import Updater, candidates
+from tests.support.agent import Field
+from tests.support.tiny_bundle import bundle_files, make_manifest, write_zip, wrong_golden
+
+BOARD = load_board("generic-x86-64")
+PASSED = SelfTest(
+    precision="", golden_difference=0, load_s=0, latency_p50_ms=1, latency_p90_ms=1, latency_p99_ms=1, peak_memory_mb=1
+)
+
+
+def passing(_slot: Path, precision: str) -> SelfTest:
+    return replace(PASSED, precision=precision)
+
+
+def updater(
+    field: Field, run_selftest: Callable[[Path, str], SelfTest] | None = passing, board: Board = BOARD
+) -> tuple[Updater, Slots]:
+    slots = Slots(field.root)
+    slots.recover(is_start=False)
+    return Updater(field.root, load_config(field.root), board, slots, run_selftest=run_selftest), slots
+
+
+def serve(field: Field, release: int) -> Slots:
+    field.publish(release) if release > 1 else None
+    work, slots = updater(field)
+    staged = work.stage(field.directory / "repo")
+    slots.begin_testing(staged.slot, staged.test.precision)
+    slots.confirm(staged.slot)
+    return slots
+
+
+def reason_of(field: Field, work: Updater, **keywords: bool) -> str:
+    with pytest.raises(UpdateRefusedError) as refused:
+        work.stage(field.directory / "repo", **keywords)
+    assert "\n" not in str(refused.value)
+    return refused.value.reason
+
+
+def test_a_real_child_process_passes_the_tiny_model(field: Field):
+    work, slots = updater(field, run_selftest=None)
+    staged = work.stage(field.directory / "repo")
+    assert (staged.slot, staged.test.precision) == ("a", "int8")
+    assert staged.test.golden_difference < 1e-4
+    assert 10 < staged.test.peak_memory_mb < 300
+    assert slots.state("a").state == "staged"
+    assert not list((field.root / "downloads").iterdir())
+
+
+def test_the_first_candidate_that_passes_is_taken(field: Field):
+    def int8_fails(_slot: Path, precision: str) -> SelfTest:
+        if precision == "int8":
+            raise ArtifactError("int8: collapsed")
+        return passing(_slot, precision)
+
+    work, _ = updater(field, int8_fails)
+    assert work.stage(field.directory / "repo").test.precision == "float32"
+
+
+@pytest.mark.parametrize("change", [{"latency_p50_ms": 201.0}, {"peak_memory_mb": 513.0}])
+def test_over_budget_is_refused_and_remembered(field: Field, change: dict[str, float]):
+    work, slots = updater(field, lambda slot, precision: replace(passing(slot, precision), **change))
+    assert reason_of(field, work) == "budget"
+    assert slots.state("a").state == "rejected"
+    assert slots.serving() is None
+    work, slots = updater(field)
+    assert reason_of(field, work) == "rejected-before"
+    assert work.stage(field.directory / "repo", force=True).slot == "a"
+
+
+def test_too_many_bytes_are_refused_without_a_test(field: Field):
+    board = replace(BOARD, budget=replace(BOARD.budget, artifact_bytes=100))
+    work, _ = updater(field, lambda *_: pytest.fail("was tested"), board)
+    assert reason_of(field, work) == "budget"
+
+
+def test_wrong_outputs_are_refused_by_the_child(field: Field):
+    field.publish(2, files=wrong_golden(field.model))
+    work, slots = updater(field, run_selftest=None)
+    assert reason_of(field, work) == "selftest"
+    assert "golden features differ" in slots.state("a").detail
+
+
+def test_another_board_s_bundle_is_refused(field: Field):
+    field.publish(2, boards=("raspberry-pi-5",))
+    work, slots = updater(field)
+    assert reason_of(field, work) == "board"
+    assert slots.state("a").state == "empty"
+
+
+def test_a_bundle_whose_files_are_not_its_manifests_is_refused(field: Field):
+    bundle, files = field.directory / "wrong.fieldvit", bundle_files(field.model)
+    manifest = make_manifest(files, release=2).to_json().encode()
+    write_zip(bundle, {"manifest.json": manifest, **files, "labels.txt": b"other"})
+    field.repository.publish(bundle, "stable")
+    work, slots = updater(field)
+    assert reason_of(field, work) == "damaged"
+    assert slots.state("a").state == "empty"
+
+
+def test_the_served_release_is_up_to_date_and_older_ones_are_refused(field: Field):
+    serve(field, 1)
+    work, _ = updater(field)
+    assert work.stage(field.directory / "repo") is None
+    serve(field, 2)
+    field.publish(1, channel="old", version="1.0.1", licence="MIT")
+    field.configure(top='channel = "old"')
+    work, _ = updater(field)
+    assert reason_of(field, work) == "rollback"
+
+
+def test_a_model_in_testing_is_not_disturbed(field: Field):
+    slots = serve(field, 1)
+    field.publish(2)
+    work, slots = updater(field)
+    staged = work.stage(field.directory / "repo")
+    slots.begin_testing(staged.slot, "int8")
+    field.publish(3)
+    assert reason_of(field, work) == "busy"
+    assert (slots.fallback().release, slots.serving().release) == (1, 2)
+
+
+def test_a_rolled_back_bundle_is_refused_without_download(field: Field):
+    serve(field, 1)
+    slots = serve(field, 2)
+    slots.reject("b", "rolled-back")
+    work, _ = updater(field)
+    assert reason_of(field, work) == "rejected-before"
+    assert not list((field.root / "downloads").iterdir())
+
+
+def test_candidates_follow_the_board_and_the_pin():
+    manifest = make_manifest({f"model.{precision}.tflite": b"" for precision in ("int8", "float32")})
+    assert [artifact.precision for artifact in candidates(manifest, BOARD, "")] == ["int8", "float32"]
+    assert [artifact.precision for artifact in candidates(manifest, BOARD, "float32")] == ["float32"]
+    with pytest.raises(BoardMismatchError, match="set to run float16"):
+        candidates(manifest, BOARD, "float16")
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Replace the child's Python by a shell line."""
+
+    def install(line: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(device.selftest.sys, "executable", str(path))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("kill -SEGV $$", "int8: the self-test was killed by SIGSEGV"),
+        ("kill -ALRM $$", "int8: the self-test did not end within 1 s"),
+        ("exec sleep 60", "int8: the self-test was killed after 1 s"),
+        ("echo noise >&2; echo 'error: it is wrong' >&2; exit 3", "int8: it is wrong"),
+        ("exit 1", "int8: no message"),
+    ],
+)
+def test_how_a_child_fails_is_said(
+    fake_python: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, line: str, message: str
+):
+    fake_python(line)
+    monkeypatch.setattr(device.selftest, "GRACE_S", 0.2)
+    with pytest.raises(ArtifactError, match=message):
+        run_in_child(Path("slot"), "int8", threads=1, timeout_s=0.8)
+
+
+def test_a_child_ends_itself_when_its_time_is_over(field: Field):
+    field.cli("update")
+    with pytest.raises(ArtifactError, match="did not end within"):
+        run_in_child(field.root / "slots" / "a", "int8", threads=1, timeout_s=0.02)
+
+
+def test_config_shown_in_its_docstring_is_valid(field: Field):
+    import device.config
+
+    (field.root / "agent.toml").write_text(device.config.__doc__.partition("\n")[2])
+    table = tomllib.loads((field.root / "agent.toml").read_text())
+    config = load_config(field.root)
+    assert config.broker.hostname == table["broker"]["hostname"]
+    named = {item.name for item in dataclasses.fields(config)}
+    assert set(table) == named

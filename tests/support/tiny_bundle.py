@@ -1,0 +1,190 @@
+"""A bundle with a model that really runs: 8x8 gray frames, 16 features, four classes (which quadrant is bright).
+
+Converted once per test session with litert-torch; bundles of any version, and damaged ones, are then written in milliseconds.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from device.contract.manifest import Artifact, FileEntry, InputSpec, LearningSpec, Manifest
+from device.engine import Engine
+from device.learning.slda import SLDA
+from device.preprocess import preprocess
+
+LABELS = ("north-west", "north-east", "south-west", "south-east")
+NEW_LABEL = "center"
+SPEC = InputSpec(height=8, width=8, channels=1, mean=(0.5,), std=(0.5,))
+LEARNING = LearningSpec(method="slda", feature_dim=16, max_classes=8, max_drop=0.05, shrinkage=1e-2)
+PRECISIONS = ("int8", "float32")  # two files of the same bytes: what matters here is which one is chosen
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """The converted model and everything a bundle of it holds."""
+
+    tflite: bytes
+    head: dict[str, np.ndarray]
+    golden: dict[str, np.ndarray]
+
+
+def make_frames(count: int, class_index: int, *, seed: int = 0) -> np.ndarray:
+    """Noisy frames uint8 [n, 8, 8, 1] of one class; index 4 is the class that no bundle ships."""
+    frames = np.random.default_rng([seed, class_index]).integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
+    rows, columns = (
+        (slice(2, 6), slice(2, 6))
+        if class_index == 4
+        else (
+            slice(4 * (class_index // 2), 4 * (class_index // 2) + 4),
+            slice(4 * (class_index % 2), 4 * (class_index % 2) + 4),
+        )
+    )
+    frames[:, rows, columns] += 180
+    return frames
+
+
+def write_frames(directory: Path, count: int, class_index: int, *, seed: int = 0, prefix: str = "") -> list[Path]:
+    """Write frames as .npy, renamed into place as a camera should; returns the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, frame in enumerate(make_frames(count, class_index, seed=seed)):
+        path = directory / f"{prefix}c{class_index}-{seed}-{number:04d}.npy"
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, frame[:, :, 0])
+        part.rename(path)
+        paths.append(path)
+    return paths
+
+
+def convert_tiny_model(directory: Path) -> TinyModel:
+    """Convert the model and compute its head and golden outputs with the device's own code."""
+    tflite = directory / "tiny.tflite"
+    _convert(tflite)
+    engine = Engine(tflite)
+    frames = np.concatenate([make_frames(40, k, seed=1) for k in range(4)])
+    labels = np.repeat(np.arange(4), 40)
+    features = np.stack([engine.features(preprocess(frame[None], SPEC)) for frame in frames])
+    learner = SLDA(4, LEARNING.feature_dim, shrinkage=LEARNING.shrinkage)
+    learner.update(features[::2], labels[::2])
+    state = {
+        **learner.state(),
+        "guard_features": features[1::2],
+        "guard_labels": labels[1::2],
+        "feature_mean": features.mean(axis=0),
+        "feature_std": features.std(axis=0),
+    }
+    chosen = slice(0, None, 20)
+    golden = {"frames": frames[chosen]}
+    for precision in PRECISIONS:
+        golden[f"{precision}/features"] = features[chosen]
+        golden[f"{precision}/logits"] = learner.logits(features[chosen])
+    head = {f"{precision}/{name}": array for precision in PRECISIONS for name, array in state.items()}
+    return TinyModel(tflite=tflite.read_bytes(), head=head, golden=golden)
+
+
+def bundle_files(model: TinyModel) -> dict[str, bytes]:
+    """The content of every file but the manifest."""
+    return {
+        **{f"model.{precision}.tflite": model.tflite for precision in PRECISIONS},
+        "head.npz": _npz(model.head),
+        "golden.npz": _npz(model.golden),
+        "labels.txt": "\n".join(LABELS).encode(),
+    }
+
+
+def make_manifest(files: Mapping[str, bytes], *, release: int = 1, version: str = "", **changes: Any) -> Manifest:
+    """The manifest of these files; `changes` replace its fields."""
+    artifacts = tuple(
+        Artifact(
+            precision=precision,
+            path=f"model.{precision}.tflite",
+            backbone=hashlib.sha256(files[f"model.{precision}.tflite"]).hexdigest(),
+            accuracy=1.0,
+            argmax_agreement=1.0,
+            min_cosine=1.0,
+            max_abs_difference=0.0,
+            golden_tolerance=1e-3,
+        )
+        for precision in PRECISIONS
+    )
+    manifest = Manifest(
+        name="tiny",
+        version=version or f"{release}.0.0",
+        release=release,
+        task="classify",
+        labels=LABELS,
+        boards=("generic-x86-64",),
+        input=SPEC,
+        artifacts=artifacts,
+        learning=LEARNING,
+        float_accuracy=1.0,
+        licence="Apache-2.0",
+        provenance={},
+        files={
+            name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)) for name, data in files.items()
+        },
+    )
+    return replace(manifest, **changes)
+
+
+def write_bundle(
+    directory: Path, model: TinyModel, *, release: int = 1, files: Mapping[str, bytes] | None = None, **changes: Any
+) -> Path:
+    """Write `tiny-RELEASE.0.0.fieldvit`; `files` replaces contents, and the manifest fits them."""
+    contents = {**bundle_files(model), **(files or {})}
+    manifest = make_manifest(contents, release=release, **changes)
+    path = directory / f"{manifest.name}-{manifest.version}.fieldvit"
+    write_zip(path, {"manifest.json": manifest.to_json().encode(), **contents})
+    return path
+
+
+def write_zip(path: Path, contents: Mapping[str, bytes]) -> None:
+    """A stored zip of these members, whatever they are called."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in contents.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+
+
+def wrong_golden(model: TinyModel) -> dict[str, bytes]:
+    """Golden outputs that no board will reproduce: as if the model computed something else here."""
+    golden = {name: array + 1 if name.endswith("/features") else array for name, array in model.golden.items()}
+    return {"golden.npz": _npz(golden)}
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _convert(path: Path) -> None:
+    import litert_torch
+    import torch
+
+    from converters.quiet import quiet
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 8, 3, stride=2)
+            self.linear = torch.nn.Linear(8 * 3 * 3, 16)
+
+        def forward(self, frame: torch.Tensor) -> torch.Tensor:
+            return self.linear(torch.relu(self.conv(frame.permute(0, 3, 1, 2))).flatten(1))
+
+    class Head(torch.nn.Module):
+        def forward(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return features @ weight + bias
+
+    torch.manual_seed(0)
+    head_inputs = (torch.zeros(1, 16), torch.zeros(16, 4), torch.zeros(4))
+    with quiet():
+        model = litert_torch.signature("features", Features().eval(), (torch.zeros(1, 8, 8, 1),))
+        model.signature("infer_f", Head().eval(), head_inputs).convert().export(str(path))
