@@ -1,0 +1,130 @@
+"""`fieldvit monitor`: broker, ingest, store and page in one process, until it is told to stop."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from host.errors import MonitorError
+from host.monitor.broker import DEFAULT_PORT, KINDS, BrokerAddress, RunningBroker, parse_broker_url, start_broker
+from host.monitor.hub import Hub
+from host.monitor.ingest import Ingest
+from host.monitor.store import open_store
+from host.monitor.web import LOOPBACK, create_app, serve_page
+
+CHECK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorConfig:
+    """What `run_monitor` needs.
+
+    `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`); without it,
+    one of `broker_kind` is started on `broker_hostname`:`broker_port`. Port 0 means any free port.
+    """
+
+    store: Path
+    broker: str | None = None
+    broker_password_file: Path | None = None
+    broker_kind: str = "auto"
+    broker_hostname: str = "127.0.0.1"
+    broker_port: int = DEFAULT_PORT
+    http_hostname: str = "127.0.0.1"
+    http_port: int = 8765
+    ready_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.broker_kind not in KINDS:
+            raise MonitorError(f"broker kind {self.broker_kind!r} is unknown; kinds are {', '.join(KINDS)}")
+        for name, port in (("broker", self.broker_port), ("page", self.http_port)):
+            if not 0 <= port <= 65535:
+                raise MonitorError(f"{name}: port must be 0..65535, got {port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Where everything listens; `broker_kind` is "external" for a broker given by URL."""
+
+    broker: BrokerAddress
+    broker_kind: str
+    page: str
+
+
+def run_monitor(
+    config: MonitorConfig,
+    *,
+    stop: threading.Event | None = None,
+    on_ready: Callable[[Ready], None] = lambda ready: None,
+) -> None:
+    """Run until SIGTERM, SIGINT or `stop`; then commit, close and return within 3 seconds.
+
+    Raises:
+        MonitorError: a port is taken, the store cannot be used, or the broker we started ended.
+        BrokerError: the broker given by URL cannot be reached.
+    """
+    stop = stop or threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(_stop_on_signals(stop))
+        store = open_store(config.store)
+        stack.callback(store.close)
+        running = stack.enter_context(_broker(config))
+        hub = Hub(is_connected=lambda: ingest.is_connected)
+        ingest = Ingest(store, running.address, on_change=hub.notify)
+        ingest.start()
+        stack.callback(ingest.stop)
+        allowed_hosts = LOOPBACK if config.http_hostname in LOOPBACK else ("*",)
+        app = create_app(store, hub, is_connected=lambda: ingest.is_connected, allowed_hosts=allowed_hosts)
+        page = stack.enter_context(serve_page(app, hub, hostname=config.http_hostname, port=config.http_port))
+        ready = Ready(broker=running.address, broker_kind=running.kind, page=page)
+        stack.enter_context(_ready_file(config.ready_file, ready))
+        on_ready(ready)
+        while not stop.wait(CHECK_S):
+            if reason := running.failure():
+                raise MonitorError(f"broker: {reason}; start the monitor again")
+
+
+@contextmanager
+def _broker(config: MonitorConfig) -> Iterator[RunningBroker]:
+    if config.broker is not None:
+        yield RunningBroker(
+            address=parse_broker_url(config.broker, password_file=config.broker_password_file), kind="external"
+        )
+        return
+    sessions = config.store.with_name(config.store.name + "-broker")
+    with start_broker(config.broker_kind, config.broker_hostname, config.broker_port, directory=sessions) as running:
+        yield running
+
+
+@contextmanager
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ready_file(path: Path | None, ready: Ready) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    broker = {"hostname": ready.broker.hostname, "port": ready.broker.port, "kind": ready.broker_kind}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps({"broker": broker, "page": ready.page}) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise MonitorError(f"ready file {path}: cannot be written ({error}); choose a folder you may write") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
