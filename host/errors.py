@@ -1,12 +1,13 @@
 """The errors of `host`: what went wrong, and the exit code a script sees.
 
-    HostError               1
-    +-- RecipeError         2   (ValueError)    a recipe or an option is missing, unknown or out of range
-    +-- DataError           12  (ValueError)    a data set cannot be found or read
-    +-- ModelError          13  (ValueError)    a model name or its weights do not fit
-    +-- TrainingError       14  (RuntimeError)  training went wrong, for example a loss that is not finite
-    +-- FleetError          15  (RuntimeError)  keys, the update repository, flashing or a board's answer
-    +-- MonitorError        16  (RuntimeError)  broker, store or page cannot start
+HostError               1
++-- RecipeError         2   (ValueError)    a recipe or an option is missing, unknown or out of range
++-- DataError           12  (ValueError)    a data set cannot be found or read
++-- ModelError          13  (ValueError)    a model name or its weights do not fit
++-- TrainingError       14  (RuntimeError)  training went wrong, for example a loss that is not finite
++-- FleetError          15  (RuntimeError)  keys, the update repository, flashing or a board's answer
++-- MonitorError        16  (RuntimeError)  broker, store or page cannot start
++-- ExportError         17  (ValueError)    an artifact may not be shipped: too far from float, or over a board's budget
 """
 
 
@@ -50,3 +51,9 @@ class MonitorError(HostError, RuntimeError):
     """Broker, store or page cannot start."""
 
     exit_code = 16
+
+
+class ExportError(HostError, ValueError):
+    """An artifact may not be shipped: too far from the float model, or over a board's budget."""
+
+    exit_code = 17

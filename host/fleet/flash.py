@@ -4,7 +4,6 @@ The directory is a board's data directory, on an SD card, a mounted disk or this
 here: the agent installs it itself at its next start, through the same checks as any later update.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from device.contract.bundle import read_manifest
 from device.contract.errors import BoardMismatchError
 from device.contract.topics import DeviceId
 from host.errors import FleetError
-from host.files import write_atomic
+from host.files import sha256_of, write_atomic
 from host.fleet.repository import published_digest
 
 
@@ -84,17 +83,17 @@ def agent_toml(settings: BoardSettings) -> str:
 
 
 def _require_published(bundle: Path, repository: Path, name: str) -> None:
-    if published_digest(repository, name) != _sha256(bundle):
-        raise FleetError(f"{bundle.name} is not in the repository {repository}; run 'fieldvit publish {bundle} --repo {repository}' first")
+    if published_digest(repository, name) != sha256_of(bundle):
+        raise FleetError(
+            f"{bundle.name} is not in the repository {repository}; run 'fieldvit publish {bundle} --repo {repository}' first"
+        )
 
 
 def _require_same_root(path: Path, trusted: bytes) -> None:
     if path.exists() and path.read_bytes() != trusted:
-        raise FleetError(f"{path}: this board trusts another repository; publish with its keys, or flash an empty directory")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        raise FleetError(
+            f"{path}: this board trusts another repository; publish with its keys, or flash an empty directory"
+        )
 
 
 def _copy_tree(source: Path, target: Path) -> None:

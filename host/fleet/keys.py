@@ -14,7 +14,12 @@ from securesystemslib.signer import CryptoSigner
 
 from host.errors import FleetError
 
-ROLES = {"root": ("root-1", "root-2", "root-3"), "targets": ("targets",), "snapshot": ("snapshot",), "timestamp": ("timestamp",)}
+ROLES = {
+    "root": ("root-1", "root-2", "root-3"),
+    "targets": ("targets",),
+    "snapshot": ("snapshot",),
+    "timestamp": ("timestamp",),
+}
 
 
 def create_keys(directory: Path) -> dict[str, list[CryptoSigner]]:
@@ -49,9 +54,13 @@ def _load(path: Path) -> CryptoSigner:
     try:
         return CryptoSigner(load_pem_private_key(path.read_bytes(), password=None))  # type: ignore[arg-type]
     except FileNotFoundError as error:
-        raise FleetError(f"{path}: signing key is missing; pass the --keys directory that created the repository") from error
+        raise FleetError(
+            f"{path}: signing key is missing; pass the --keys directory that created the repository"
+        ) from error
     except (ValueError, TypeError, OSError) as error:
-        raise FleetError(f"{path}: not a usable private key ({type(error).__name__}); restore it from your backup") from error
+        raise FleetError(
+            f"{path}: not a usable private key ({type(error).__name__}); restore it from your backup"
+        ) from error
 
 
 def _write_private(path: Path, pem: bytes) -> None:

@@ -111,7 +111,9 @@ class UpdateRepository:
         root = Metadata[Root].from_bytes(self.root_bytes).signed
         for role, signers in self._keys.items():
             if any(signer.public_key.keyid not in root.roles[role].keyids for signer in signers):
-                raise FleetError(f"{self.directory}: the {role} key given is not this repository's; pass its own --keys")
+                raise FleetError(
+                    f"{self.directory}: the {role} key given is not this repository's; pass its own --keys"
+                )
 
     def _add_target(self, targets: Targets, name: str, content: bytes) -> None:
         target = targets.targets[name] = TargetFile.from_data(name, content, ["sha256"])
@@ -159,7 +161,9 @@ def _targets(directory: Path) -> Targets:
         snapshot = read(f"{read('timestamp.json').snapshot_meta.version}.snapshot.json")
         return read(f"{snapshot.meta['targets.json'].version}.targets.json")
     except (StorageError, DeserializationError) as error:
-        raise FleetError(f"{directory}: not a whole update repository ({error}); run 'fieldvit publish' first") from error
+        raise FleetError(
+            f"{directory}: not a whole update repository ({error}); run 'fieldvit publish' first"
+        ) from error
 
 
 def _expires(role: str) -> datetime:

@@ -1,0 +1,1 @@
+"""Host side of FieldViT: models, data, training, quantization, continual learning, fleet and command line."""

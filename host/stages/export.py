@@ -1,0 +1,236 @@
+"""The export stage: every artifact proved on the test images, golden vectors, Core ML, manifest and bundle.
+
+All choices were made before this stage: the test images only produce the figures that the manifest states.
+"""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from converters import coreml
+from converters.bundle import backbone_hash, describe, write_bundle
+from converters.tflite import bake_head
+from device.contract.board import load_board
+from device.contract.manifest import MANIFEST_NAME, Artifact, CoreMLArtifact, InputSpec, LearningSpec, Manifest
+from device.contract.records import to_table
+from device.preprocess import preprocess
+from host.data.splits import ImageSplits
+from host.errors import ExportError
+from host.files import deterministic_npz, sha256_of
+from host.pipeline import Report, package_versions
+from host.recipe import Recipe
+from host.stages.data import base_test_images, describe_data, input_spec, load_model, load_split
+from host.stages.documents import ml_bom, model_card
+from host.stages.features import FeaturesOf, tflite_features, torch_features
+from host.stages.head import FittedHead, LinearHead, fit_head
+from host.stages.proof import Reference, prove_coreml, prove_tflite
+from host.stages.quantize import FLOAT, INT8, artifact_path
+from host.stages.train import WEIGHTS
+
+LICENCE = "Apache-2.0"
+COREML_PATH = "model.mlpackage"
+GOLDEN_PER_CLASS = 2
+# Share of the largest golden feature. Kernels round differently on ARM and x86: measured 1e-6 for float32; a few int8
+# steps for int8, where one step of an inner tensor can move a feature by about 1 %.
+GOLDEN_TOLERANCE = {FLOAT: 1e-3, INT8: 0.08}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """A bundle in the making: what is known of the model, and what was gathered so far."""
+
+    recipe: Recipe
+    run: Path
+    out: Path
+    split: ImageSplits
+    spec: InputSpec
+    reference: Reference
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+    heads: dict[str, np.ndarray] = field(default_factory=dict)
+    golden: dict[str, np.ndarray] = field(default_factory=dict)
+    artifacts: list[Artifact] = field(default_factory=list)
+    coreml: CoreMLArtifact | None = None
+
+
+def export(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[str, Any]:
+    """Prove and pack what `run` holds into `out`; returns the figures that the bundle states.
+
+    Raises:
+        ExportError: an artifact does not follow the float model, or is over a board's budget.
+    """
+    split, spec = load_split(recipe), input_spec(recipe)
+    model = load_model(recipe, run / "train" / WEIGHTS)
+    report("export", 0, 4, "reference")
+    float_head = fit_head(recipe, split, spec, lambda images: torch_features(model, images)).linear
+    draft = _Draft(
+        recipe=recipe, run=run, out=out, split=split, spec=spec, reference=_reference(model, float_head, split, spec)
+    )
+    draft.golden["frames"] = _golden_frames(split)
+    for step, precision in enumerate((INT8, FLOAT), 1):
+        report("export", step, 4, f"{precision} against PyTorch")
+        _add_tflite(draft, precision)
+    if "coreml" in recipe.export.formats:
+        report("export", 3, 4, "Core ML against PyTorch")
+        _add_coreml(draft, model, float_head)
+    _require_budgets(draft)
+    digest = _write(draft)
+    report("export", 4, 4, bundle_name(recipe))
+    return {"bundle": bundle_name(recipe), "bundle_sha256": digest, "float_accuracy": _float_accuracy(draft)}
+
+
+def bundle_name(recipe: Recipe) -> str:
+    """The file name of a recipe's bundle."""
+    return f"{recipe.name}-{recipe.version}.fieldvit"
+
+
+def _reference(model: nn.Module, head: LinearHead, split: ImageSplits, spec: InputSpec) -> Reference:
+    images, labels = base_test_images(split, spec)
+    features = torch_features(model, images)
+    return Reference(images=images, labels=labels, features=features, logits=head.logits(features))
+
+
+def _float_accuracy(draft: _Draft) -> float:
+    return float((draft.reference.logits.argmax(axis=1) == draft.reference.labels).mean())
+
+
+def _add_tflite(draft: _Draft, precision: str) -> None:
+    path = draft.run / "quantize" / artifact_path(precision)
+    features_of: FeaturesOf = lambda images: tflite_features(path, images)  # noqa: E731  # one runtime, used three times
+    head = fit_head(draft.recipe, draft.split, draft.spec, features_of)
+    proof = prove_tflite(path, head.linear, draft.reference)
+    proof.require(precision)
+    draft.artifacts.append(
+        Artifact(
+            precision=precision,
+            path=artifact_path(precision),
+            backbone=backbone_hash(path, to_table(draft.spec)),
+            accuracy=proof.accuracy,
+            argmax_agreement=proof.argmax_agreement,
+            min_cosine=proof.min_cosine,
+            max_abs_difference=proof.max_abs_difference,
+            golden_tolerance=GOLDEN_TOLERANCE[precision],
+        )
+    )
+    draft.files[artifact_path(precision)] = path
+    _add_head(draft, precision, head, features_of)
+    _add_golden(draft, precision, head.linear, features_of)
+    if precision == INT8:
+        infer_path = draft.out / "model.infer.tflite"
+        draft.files[infer_path.name] = bake_head(
+            path, head.linear.weight, head.linear.bias, infer_path, labels=draft.split.base_names
+        )
+
+
+def _add_head(draft: _Draft, precision: str, head: FittedHead, features_of: FeaturesOf) -> None:
+    """The learner's state, held-out features for the guard, and what drift is measured against."""
+    guard = features_of(preprocess(draft.split.validation.images, draft.spec))
+    arrays = {
+        **head.learner.state(),
+        "guard_features": guard.astype(np.float32),
+        "guard_labels": draft.split.validation.labels.astype(np.int64),
+        "feature_mean": head.features.mean(axis=0).astype(np.float32),
+        "feature_std": head.features.std(axis=0).astype(np.float32),
+    }
+    draft.heads |= {f"{precision}/{name}": value for name, value in arrays.items()}
+
+
+def _add_golden(draft: _Draft, precision: str, head: LinearHead, features_of: FeaturesOf) -> None:
+    features = features_of(preprocess(draft.golden["frames"], draft.spec))
+    draft.golden |= {f"{precision}/features": features, f"{precision}/logits": head.logits(features)}
+
+
+def _golden_frames(split: ImageSplits) -> np.ndarray:
+    """A few real frames of each base class, uint8 [n, h, w, C], from the validation images."""
+    labels = split.validation.labels
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:GOLDEN_PER_CLASS] for label in np.unique(labels)])
+    return split.validation.images[chosen]
+
+
+def _add_coreml(draft: _Draft, model: nn.Module, head: LinearHead) -> None:
+    path, spec = draft.out / COREML_PATH, draft.spec
+    head.bake_into(model)
+    shape = (1, spec.height, spec.width, spec.channels)
+    coreml.convert(model, shape, path, input_spec_metadata=to_table(spec), labels=draft.split.base_names)
+    proof = prove_coreml(path, draft.reference)
+    proof.require("coreml")
+    draft.coreml = CoreMLArtifact(
+        path=COREML_PATH,
+        argmax_agreement=proof.argmax_agreement,
+        min_cosine=proof.min_cosine,
+        max_abs_difference=proof.max_abs_difference,
+    )
+    draft.files[COREML_PATH] = path
+
+
+def _require_budgets(draft: _Draft) -> None:
+    """Refuse an artifact that a board of the recipe cannot take."""
+    entries = describe(draft.files)
+    for board in map(load_board, draft.recipe.export.boards):
+        runnable = [artifact for artifact in draft.artifacts if artifact.precision in board.support.precisions]
+        if "tflite" in board.support.formats and not runnable:
+            raise ExportError(f"{board.name}: runs none of the artifacts; take it out of export.boards")
+        for artifact in runnable:
+            size = entries[artifact.path].bytes
+            if size > board.budget.artifact_bytes:
+                raise ExportError(
+                    f"{board.name}: {artifact.path} has {size} bytes, its budget is "
+                    f"{board.budget.artifact_bytes}; choose a smaller variant or take the board out of export.boards"
+                )
+
+
+def _write(draft: _Draft) -> str:
+    draft.files |= {"head.npz": deterministic_npz(draft.heads), "golden.npz": deterministic_npz(draft.golden)}
+    draft.files["labels.txt"] = ("\n".join(draft.split.base_names) + "\n").encode()
+    provenance = {
+        "recipe": to_table(draft.recipe),
+        "recipe_sha256": draft.recipe.digest(),
+        "weights_sha256": sha256_of(draft.run / "train" / WEIGHTS),
+        "data": describe_data(draft.split),
+        "commit": _commit(),
+        "packages": package_versions(),
+    }
+    draft.files["model_card.md"] = model_card(
+        draft.recipe, draft.split, draft.artifacts, draft.coreml, provenance
+    ).encode()
+    draft.files["ml-bom.json"] = ml_bom(draft.recipe, provenance, LICENCE).encode()
+    manifest = Manifest(
+        name=draft.recipe.name,
+        version=draft.recipe.version,
+        release=draft.recipe.release,
+        task=draft.recipe.task,
+        labels=draft.split.base_names,
+        boards=draft.recipe.export.boards,
+        input=draft.spec,
+        artifacts=tuple(draft.artifacts),
+        coreml=draft.coreml,
+        learning=_learning_spec(draft),
+        float_accuracy=_float_accuracy(draft),
+        licence=LICENCE,
+        provenance=provenance,
+        files=describe(draft.files),
+    )
+    files = {**draft.files, MANIFEST_NAME: manifest.to_json().encode()}
+    return write_bundle(files, draft.out / bundle_name(draft.recipe))
+
+
+def _learning_spec(draft: _Draft) -> LearningSpec:
+    continual = draft.recipe.continual
+    return LearningSpec(
+        method=continual.method,
+        feature_dim=draft.reference.features.shape[1],
+        max_classes=continual.max_classes,
+        max_drop=continual.max_drop,
+        shrinkage=continual.shrinkage,
+    )
+
+
+def _commit() -> str:
+    """The commit of the code that built this, or "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -1,0 +1,69 @@
+"""The base head of an artifact: SLDA statistics of the training images, in that artifact's own features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from device.contract.errors import ArtifactError
+from device.contract.manifest import InputSpec
+from device.learning.slda import SLDA
+from device.preprocess import preprocess
+from host.data.splits import ImageSplits
+from host.recipe import Recipe
+from host.stages.features import FeaturesOf
+
+
+@dataclass(frozen=True, slots=True)
+class LinearHead:
+    """logits = features @ weight + bias."""
+
+    weight: np.ndarray  # float32 [D, K]
+    bias: np.ndarray  # float32 [K]
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Score features [B, D]; returns float32 [B, K]."""
+        return features @ self.weight + self.bias
+
+    def bake_into(self, model: nn.Module) -> None:
+        """Make this head the model's own `head`, for artifacts that hold backbone and head in one."""
+        head = nn.Linear(*self.weight.shape)
+        with torch.no_grad():
+            head.weight.copy_(torch.from_numpy(self.weight.T))
+            head.bias.copy_(torch.from_numpy(self.bias))
+        model.head = head.eval()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedHead:
+    """A learner fitted to the training images, and their features float32 [N, D]."""
+
+    learner: SLDA
+    linear: LinearHead
+    features: np.ndarray
+
+
+def fit_head(recipe: Recipe, split: ImageSplits, spec: InputSpec, features_of: FeaturesOf) -> FittedHead:
+    """Fit the recipe's learner to the training images, once through the artifact."""
+    features = features_of(preprocess(split.train.images, spec))
+    learner = SLDA(len(split.base_names), features.shape[1], shrinkage=recipe.continual.shrinkage)
+    learner.update(features, split.train.labels)
+    return FittedHead(learner=learner, linear=LinearHead(*learner.linear()), features=features)
+
+
+def load_head(path: Path, precision: str, *, shrinkage: float) -> LinearHead:
+    """The base head that a bundle ships for one precision.
+
+    Raises:
+        ArtifactError: the file has no such head.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        prefix = f"{precision}/"
+        state = {name: arrays[prefix + name] for name in ("counts", "sums", "gram") if prefix + name in arrays}
+    if len(state) < 3:
+        raise ArtifactError(f"{path.name}: has no head for {precision}; export the bundle again")
+    learner = SLDA(len(state["counts"]), state["sums"].shape[1], shrinkage=shrinkage)
+    learner.restore(state)
+    return LinearHead(*learner.linear())

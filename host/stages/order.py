@@ -1,0 +1,45 @@
+"""The stages of a recipe in their order."""
+
+from pathlib import Path
+
+from device.contract.records import to_table
+from host.pipeline import Report, Stage, run_stage
+from host.recipe import Recipe
+
+ORDER = ("train", "quantize", "export")
+
+
+def run_recipe(recipe: Recipe, runs: Path, *, until: str, report: Report) -> Path:
+    """Run the stages up to and including `until`, cached ones from disk; returns `runs/NAME`."""
+    directory = runs / recipe.name
+    upstream = ""
+    for name in ORDER[: ORDER.index(until) + 1]:
+        upstream = run_stage(_stage(name, recipe, directory, report), directory, upstream=upstream)
+        report(name, 1, 1, "done")
+    return directory
+
+
+def _stage(name: str, recipe: Recipe, directory: Path, report: Report) -> Stage:
+    table = to_table(recipe)
+    common = {key: table[key] for key in ("seed", "data", "model", "task")}
+    if name == "train":
+        inputs = {**common, "train": table["train"], "distill": table["distill"]}
+    elif name == "quantize":
+        inputs = {**common, "quantize": table["quantize"], "continual": table["continual"]}
+    else:
+        inputs = table
+    return Stage(name=name, inputs=inputs, work=lambda out: _work(name, recipe, directory, out, report))
+
+
+def _work(name: str, recipe: Recipe, directory: Path, out: Path, report: Report) -> dict[str, object]:
+    if name == "train":
+        from host.stages.train import train
+
+        return dict(train(recipe, out, report))
+    if name == "quantize":
+        from host.stages.quantize import quantize
+
+        return dict(quantize(recipe, directory, out, report))
+    from host.stages.export import export
+
+    return dict(export(recipe, directory, out, report))

@@ -1,0 +1,96 @@
+"""The command line: every verb has help with an example and a line in the README, and says in one line what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from host.cli import app, main
+from tests.support.bundles import write_plain_bundle
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+VERBS = sorted(command.callback.__name__ for command in app.registered_commands)
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def one_line_error(capsys, *arguments):
+    code, _, err = run(capsys, *arguments)
+    assert code != 0
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example_and_a_line_in_the_readme(capsys, verb):
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0
+    assert f"Example: fieldvit {verb}" in " ".join(out.split())
+    assert f"fieldvit {verb}" in README or f" {verb} " in README
+
+
+def test_without_arguments_help_is_shown(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rnu",), "No such command 'rnu'"),
+        (("run", "nowhere.toml"), "nowhere.toml: cannot be read"),
+        (("train",), "Missing argument"),
+        (("verify", "no.fieldvit"), "no.fieldvit: no such bundle"),
+        (("bench", "no.fieldvit"), "no.fieldvit: no such bundle"),
+        (("export", "x.toml", "--fast"), "No such option"),
+        (("monitor", "--broker", "rabbit"), "broker kind 'rabbit' is unknown"),
+        (("monitor", "--broker", "mqtt://127.0.0.1:1", "--store", "m.sqlite", "--port", "0"), "127.0.0.1:1"),
+        (("quickstart", "--device-python", "nowhere/python"), "nowhere/python: no device environment"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line_error(capsys, *arguments)
+
+
+def test_damaged_bundle_is_refused(capsys, tmp_path):
+    bundle = write_plain_bundle(tmp_path / "plain-0.1.0.fieldvit", content=b"no model, 0nly bytes")
+    assert "differs from the manifest" in one_line_error(capsys, "verify", bundle)
+
+
+def test_publish_then_flash(capsys, tmp_path):
+    bundle = write_plain_bundle(tmp_path / "plain-0.1.0.fieldvit")
+    places = ("--repo", tmp_path / "updates")
+    assert run(capsys, "publish", bundle, *places, "--keys", tmp_path / "keys")[0] == 0
+    target = f"dir:{tmp_path / 'board'}"
+    code, out, _ = run(capsys, "flash", bundle, *places, "--to", target, "--broker", "mqtt://127.0.0.1:1883")
+    assert code == 0
+    assert "fieldvit-device run" in out
+    assert "was built for" in one_line_error(capsys, "flash", bundle, *places, "--to", target, "--board", "raspberry-pi-5")
+    assert "board 'x' is unknown" in one_line_error(capsys, "flash", bundle, *places, "--to", target, "--board", "x")
+    assert "write dir:PATH" in one_line_error(capsys, "flash", bundle, *places, "--to", "usb")
+
+
+def test_publish_with_other_keys_is_refused(capsys, tmp_path):
+    bundle = write_plain_bundle(tmp_path / "plain-0.1.0.fieldvit")
+    run(capsys, "publish", bundle, "--repo", tmp_path / "updates", "--keys", tmp_path / "keys")
+    run(capsys, "publish", bundle, "--repo", tmp_path / "updates2", "--keys", tmp_path / "keys2")
+    error = one_line_error(
+        capsys, "publish", bundle, "--repo", tmp_path / "updates", "--keys", tmp_path / "keys2", "--channel", "beta"
+    )
+    assert "is not this repository's" in error
+
+
+def test_boards_and_doctor_print_json(capsys):
+    code, out, _ = run(capsys, "boards", "--json")
+    assert code == 0
+    assert "raspberry-pi-5" in {board["name"] for board in json.loads(out)["boards"]}
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = json.loads(out)["findings"]
+    assert code == (0 if all(finding["ok"] for finding in findings if finding["required"]) else 1)

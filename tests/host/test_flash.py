@@ -1,0 +1,69 @@
+"""Flashing a directory: what the board will read is there, and a wrong board, bundle or repository is refused."""
+
+import tomllib
+
+import pytest
+
+from device.contract.errors import ArtifactError, BoardMismatchError, ConfigError
+from device.contract.topics import DeviceId
+from host.errors import FleetError
+from host.fleet.flash import BoardSettings, flash_directory
+from host.fleet.repository import UpdateRepository
+from tests.support.bundles import make_manifest, write_plain_bundle
+
+SETTINGS = BoardSettings(id=DeviceId("home", "cam-1"), board="generic-x86-64", broker=("127.0.0.1", 1883))
+
+
+@pytest.fixture
+def published(tmp_path):
+    bundle = write_plain_bundle(tmp_path / "plain-0.1.0.fieldvit")
+    repository = UpdateRepository.open_or_create(tmp_path / "updates", tmp_path / "keys")
+    repository.publish(bundle, "stable")
+    return bundle, repository.directory
+
+
+def test_board_gets_root_configuration_and_updates(published, tmp_path):
+    bundle, repository = published
+    flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
+    config = tomllib.loads((tmp_path / "board" / "agent.toml").read_text())
+    assert (config["device"], config["broker"]) == ("cam-1", {"hostname": "127.0.0.1", "port": 1883})
+    assert (tmp_path / "board" / "root.json").read_bytes() == (repository / "metadata" / "1.root.json").read_bytes()
+    assert (tmp_path / "board" / "updates" / "metadata" / "timestamp.json").exists()
+
+
+def test_second_flash_keeps_the_configuration(published, tmp_path):
+    bundle, repository = published
+    flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
+    (tmp_path / "board" / "agent.toml").write_text("edited = true\n")
+    flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
+    assert (tmp_path / "board" / "agent.toml").read_text() == "edited = true\n"
+
+
+def test_other_repository_is_refused(published, tmp_path):
+    bundle, repository = published
+    flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
+    other = UpdateRepository.open_or_create(tmp_path / "updates2", tmp_path / "keys2")
+    other.publish(bundle, "stable")
+    with pytest.raises(FleetError, match="trusts another repository"):
+        flash_directory(bundle, tmp_path / "board", repository=other.directory, settings=SETTINGS)
+
+
+def test_unpublished_bundle_is_refused(published, tmp_path):
+    _, repository = published
+    other = write_plain_bundle(tmp_path / "x.fieldvit", make_manifest(version="0.3.0", release=3))
+    with pytest.raises(FleetError, match="is not in the repository"):
+        flash_directory(other, tmp_path / "board", repository=repository, settings=SETTINGS)
+
+
+@pytest.mark.parametrize(("board", "error"), [("raspberry-pi-5", BoardMismatchError), ("toaster", ConfigError)])
+def test_wrong_board_is_refused(published, tmp_path, board, error):
+    bundle, repository = published
+    settings = BoardSettings(id=SETTINGS.id, board=board)
+    with pytest.raises(error):
+        flash_directory(bundle, tmp_path / "board", repository=repository, settings=settings)
+    assert not (tmp_path / "board").exists()
+
+
+def test_missing_bundle_is_named(published, tmp_path):
+    with pytest.raises(ArtifactError, match="no such bundle"):
+        flash_directory(tmp_path / "no.fieldvit", tmp_path / "board", repository=published[1], settings=SETTINGS)

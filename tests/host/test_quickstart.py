@@ -1,0 +1,115 @@
+"""The quickstart's short form, for real: training, conversion, board, broker, lesson, attacks, report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from device.contract.bundle import read_manifest
+from host.bundle_bench import bench_bundles
+from host.bundle_checks import verify_bundle
+from host.errors import HostError
+from host.quickstart.processes import find_device_python
+from tests.support.quickstart import NAME, run_quickstart_verb
+
+KEYS = {
+    "base_accuracy_float",
+    "base_accuracy_int8",
+    "all_accuracy_before",
+    "all_accuracy_after",
+    "old_classes_drop",
+    "tflite_argmax_agreement",
+    "coreml_argmax_agreement",
+    "bad_updates_refused",
+    "seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    try:
+        find_device_python(None)
+    except HostError as error:
+        pytest.skip(str(error))
+    runs = tmp_path_factory.mktemp("quickstart") / "runs"
+    done = run_quickstart_verb(runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs / NAME, done
+
+
+@pytest.fixture(scope="module")
+def bundle(short_run):
+    (path,) = (short_run[0] / "export").glob("*.fieldvit")
+    return path
+
+
+def test_metrics_hold_what_was_measured(short_run):
+    metrics = json.loads((short_run[0] / "metrics.json").read_text())
+    assert metrics.keys() >= KEYS
+    assert metrics["tflite_argmax_agreement"] == 1.0
+    assert metrics["coreml_argmax_agreement"] >= 0.995
+    assert metrics["bad_updates_refused"] == 1.0
+    assert metrics["agent_modules_ok"] is True
+    assert metrics["all_accuracy_after"] > metrics["all_accuracy_before"]  # the board has learned something
+
+
+def test_summary_has_ten_lines(short_run):
+    assert len(short_run[1].stdout.strip().splitlines()) == 10
+
+
+def test_report_needs_nothing_from_outside(short_run):
+    report = (short_run[0] / "report.html").read_text()
+    assert report.count("<svg") == 4
+    assert not re.findall(r'(?:src|href)\s*=\s*"(?!#)[^"]*"', report)
+    assert all(kind in report for kind in ("installed", "confirmed", "learned", "refused"))
+
+
+def test_second_run_uses_the_finished_stages_and_repeats_the_bundle(short_run, bundle):
+    before = bundle.read_bytes()
+    stamp = (short_run[0] / "train" / "stamp.json").stat().st_mtime_ns
+    code = "import sys; from host.cli import main; sys.exit(main(sys.argv[1:]))"
+    recipe = short_run[0].parent / "short.toml"
+    recipe.write_text(_recipe_text(bundle))
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(recipe), "--runs", str(short_run[0].parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (short_run[0] / "train" / "stamp.json").stat().st_mtime_ns == stamp
+    assert bundle.read_bytes() == before
+
+
+def test_bundle_verifies_against_pytorch_and_without_the_run(short_run, bundle, tmp_path):
+    report = verify_bundle(bundle, short_run[0].parent)
+    report.require_passed()
+    assert "PyTorch" in report.reference
+    assert {check.artifact for check in report.checks} == {"int8", "float32", "coreml"}
+    alone = verify_bundle(bundle, tmp_path)
+    alone.require_passed()
+    assert "its own float32 file" in alone.reference
+
+
+def test_bench_measures_every_artifact(bundle):
+    rows = bench_bundles([bundle], rounds=1)
+    assert [row.artifact for row in rows] == [artifact.precision for artifact in read_manifest(bundle).artifacts]
+    assert all(0 < row.p50_ms <= row.p90_ms <= row.p99_ms for row in rows)
+    assert all(row.peak_memory_bytes > row.artifact_bytes for row in rows)
+
+
+def _recipe_text(bundle: Path) -> str:
+    """The recipe in the bundle's provenance, as TOML."""
+    table = read_manifest(bundle).provenance["recipe"]
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None) + "\n"
+
+
+def _toml(value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
