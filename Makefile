@@ -22,7 +22,7 @@ PEERS_VENV := .venv-peers
 BIN := $(VENV)/bin
 
 # Names of scripts in bench/ that take a minute or two on a laptop.
-QUICK_BENCHES :=
+QUICK_BENCHES := device_latency
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import ConversionError
-from converters.files import write_atomically
 from converters.flatbuffer import FEATURES, canonical_json, graph_digest
+from device.contract.files import write_atomic
 from device.contract.manifest import FileEntry, require_safe_path
 
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can hold
@@ -39,7 +39,7 @@ def write_bundle(files: Mapping[str, Content], out_path: Path) -> str:
         for name, content in sorted(expand(files).items()):
             archive.writestr(_zip_info(name), content)
     content = buffer.getvalue()
-    write_atomically(out_path, content)
+    write_atomic(out_path, content)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from converters.errors import ConversionError
-from converters.files import sync_directory, write_atomically
 from converters.flatbuffer import canonical_json
 from converters.prepare import DeployClassifier, evaluating, feature_dim
 from converters.quiet import quiet
+from device.contract.files import sync_directory, write_atomic
 
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 _SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
@@ -81,13 +81,13 @@ def canonicalise(package: Path) -> None:
     """Rewrite a saved package so that equal models are equal bytes: no date, fixed identifiers, sorted maps."""
     specification = read_specification(package)
     specification.description.metadata.userDefined.pop(_DATE_KEY, None)
-    write_atomically(package / _SPECIFICATION, specification.SerializeToString(deterministic=True))
+    write_atomic(package / _SPECIFICATION, specification.SerializeToString(deterministic=True))
     manifest = json.loads((package / _MANIFEST).read_text())
     entries = manifest["itemInfoEntries"]
     identifiers = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])).upper() for old, entry in entries.items()}
     manifest["itemInfoEntries"] = {identifiers[old]: entry for old, entry in entries.items()}
     manifest["rootModelIdentifier"] = identifiers[manifest["rootModelIdentifier"]]
-    write_atomically(package / _MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(package / _MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     for extra in package.iterdir():  # such as executorch_debug_handle_mapping.json, which Core ML does not read
         if extra.is_file() and extra.name != _MANIFEST:
             extra.unlink()

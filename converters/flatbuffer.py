@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from converters.errors import ConversionError
-from converters.files import write_atomically
+from device.contract.files import write_atomic
 
 INPUT_METADATA = "fieldvit.input"
 FEATURES = "features"
@@ -40,7 +40,7 @@ def read_model(path: Path) -> Any:
 def write_model(model: Any, path: Path) -> None:
     from ai_edge_litert.tools import flatbuffer_utils
 
-    write_atomically(path, bytes(flatbuffer_utils.convert_object_to_bytearray(model)))
+    write_atomic(path, bytes(flatbuffer_utils.convert_object_to_bytearray(model)))
 
 
 def add_metadata(model: Any, entries: Mapping[str, Any]) -> None:

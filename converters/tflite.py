@@ -19,10 +19,10 @@ from torch import nn
 
 from converters import flatbuffer
 from converters.errors import ConversionError
-from converters.files import write_atomically
 from converters.head import InferHead, TrainHead
 from converters.prepare import DeployFeatures, evaluating, feature_dim
 from converters.quiet import quiet
+from device.contract.files import write_atomic
 
 TRAIN_BATCH = 8
 _HEAD_TENSORS = r"converters\.head|^infer_f_|^train_f_"
@@ -191,7 +191,7 @@ def _input_shape(path: Path) -> tuple[int, ...]:
 
 
 def _write(content: bytes, path: Path, input_spec: Mapping[str, Any] | None) -> Path:
-    write_atomically(path, content)
+    write_atomic(path, content)
     if input_spec is not None:
         model = flatbuffer.read_model(path)
         flatbuffer.add_metadata(model, {flatbuffer.INPUT_METADATA: dict(input_spec)})

@@ -16,6 +16,7 @@ from device.commands import Commands, one_line
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
 from device.contract.errors import ConfigError, EngineError, FrameError
+from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
 from device.frames import DirectorySource, Frame
 from device.modules import forbidden_modules
@@ -24,7 +25,6 @@ from device.reporter import Reporter
 from device.serving import Model, Serving
 from device.slots import Slots
 from device.spool import Spool
-from device.storage import write_atomic
 from device.updater import Updater
 from device.verbs import Verbs, status_table
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from device.contract.errors import DeviceError
 
@@ -83,9 +83,9 @@ def _update(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     from device.contract.records import to_table
+    from device.lock import is_locked
     from device.modules import forbidden_modules, third_party_modules
     from device.slots import NAMES, Slots
-    from device.storage import is_locked
     from device.verbs import serving_table
 
     root = _root(arguments)
@@ -181,8 +181,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else NOT_WELL
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command, as the verbs themselves do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fieldvit-device", description="The FieldViT agent: serve, teach and update a vision model on this board."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -255,7 +262,7 @@ def _root(arguments: argparse.Namespace) -> Path:
 
 
 def _lock(root: Path, purpose: str) -> Any:
-    from device.storage import agent_lock
+    from device.lock import agent_lock
 
     return agent_lock(root, purpose)
 

@@ -27,6 +27,7 @@ check_interval_s = 0            # 0 = on command, and at start when there is no 
 threads = 2
 """
 
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -162,4 +163,4 @@ def source_directory(source: str, base: Path) -> Path:
         ConfigError: another kind of source.
     """
     UpdateConfig(source=source)
-    return base / source.removeprefix(SOURCE_PREFIX)
+    return Path(os.path.normpath(base / source.removeprefix(SOURCE_PREFIX)))

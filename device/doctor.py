@@ -10,10 +10,10 @@ from pathlib import Path
 from device.config import AgentConfig, load_config, resolve_runtime
 from device.contract.board import Board, load_board
 from device.contract.errors import DeviceError
+from device.lock import is_locked
 from device.mqtt import probe
 from device.selftest import run_in_child
 from device.slots import Slots
-from device.storage import is_locked
 
 EARLIEST_SANE_S = 1_767_225_600  # 2026-01-01: before this software existed
 FREE_BYTES_NEEDED = 256 << 20

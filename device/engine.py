@@ -38,7 +38,9 @@ class Engine:
         except (ValueError, RuntimeError, OSError) as error:
             if isinstance(error, EngineError):
                 raise
-            raise EngineError(f"{path}: LiteRT cannot load it ({error}); install a sound bundle") from error
+            raise EngineError(
+                f"{path}: LiteRT cannot load it ({' '.join(str(error).split())}); install a sound bundle"
+            ) from error
         self._inputs = {
             name: {
                 key: (tuple(map(int, detail["shape"])), detail["dtype"])

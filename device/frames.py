@@ -21,6 +21,7 @@ from device.contract.errors import FrameError
 
 RAW_SUFFIXES = {".npy", ".pgm", ".ppm"}
 PILLOW_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+_SUFFIXES = RAW_SUFFIXES | PILLOW_SUFFIXES
 MAX_FRAME_BYTES = 64 << 20
 SETTLE_S = 2.0
 _NPY_HEADER = re.compile(
@@ -95,8 +96,8 @@ def read_frame(path: Path, channels: int) -> np.ndarray:
         FrameError: the file is too large, damaged, not 8 bits deep, of an unknown kind, or needs Pillow.
     """
     suffix = path.suffix.lower()
-    if suffix not in RAW_SUFFIXES | PILLOW_SUFFIXES:
-        known = ", ".join(sorted(RAW_SUFFIXES | PILLOW_SUFFIXES))
+    if suffix not in _SUFFIXES:
+        known = ", ".join(sorted(_SUFFIXES))
         raise FrameError(f"{path}: frames are {known}, not {suffix or 'a file without suffix'}")
     try:
         if path.stat().st_size > MAX_FRAME_BYTES:
@@ -127,10 +128,13 @@ def _frame_files(directory: Path) -> list[str]:
     names = []
     for folder, subfolders, files in os.walk(directory):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in RAW_SUFFIXES | PILLOW_SUFFIXES:
-                names.append(os.path.relpath(os.path.join(folder, name), directory))
+        prefix = "" if folder == str(directory) else os.path.relpath(folder, directory) + os.sep
+        names += [prefix + name for name in files if _is_frame(name)]
     return sorted(names)
+
+
+def _is_frame(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _SUFFIXES
 
 
 def _parse_npy(content: bytes, path: Path) -> np.ndarray:

@@ -60,9 +60,11 @@ def check_golden(engine: Engine, slot: Path, spec: InputSpec, artifact: Artifact
     except KeyError as error:
         raise ArtifactError(f"{slot / GOLDEN_NAME}: has no {error}; export the bundle again") from error
     features = np.stack([engine.features(preprocess(frame[None], spec)) for frame in frames])
-    if features.shape != expected.shape or not np.isfinite(features).all():
+    if features.shape != expected.shape:
+        raise ArtifactError(f"{artifact.path}: golden features have shape {features.shape}, expected {expected.shape}")
+    if not np.isfinite(features).all():
         raise ArtifactError(
-            f"{artifact.path}: golden features are not finite or have shape {features.shape}, expected {expected.shape}"
+            f"{artifact.path}: golden frames give features that are not finite; its weights are damaged"
         )
     difference = float(np.abs(features - expected).max() / max(float(np.abs(expected).max()), 1e-12))
     if difference > artifact.golden_tolerance:

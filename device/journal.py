@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.contract.errors import ConfigError
+from device.contract.files import sync_directory, write_atomic
 from device.contract.records import from_table, to_table
-from device.storage import sync_directory, write_atomic
 
 STATES = ("empty", "staged", "testing", "confirmed", "rejected")
 MAX_BYTES = 1 << 20

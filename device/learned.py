@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from device.contract.errors import ArtifactError
+from device.contract.files import sync_directory, write_atomic
 from device.golden import arrays_under, read_arrays
-from device.storage import sync_directory, write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from device.contract.records import from_table
 TIMEOUT_S = 120.0
 GRACE_S = 10.0
 """A child that hangs where even its alarm does not end it is killed so much later."""
+_ERROR = "error: "
 WARM_UP = 3
 REPEATS = 20
 
@@ -56,8 +57,8 @@ def run_in_child(slot: Path, precision: str, *, threads: int, timeout_s: float =
     if child.returncode < 0:
         raise ArtifactError(f"{precision}: the self-test was killed by {signal.Signals(-child.returncode).name}")
     if child.returncode:
-        last_line = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArtifactError(f"{precision}: {last_line.removeprefix('error: ')}")
+        lines = [line for line in child.stderr.splitlines() if line.startswith(_ERROR)] or child.stderr.splitlines()
+        raise ArtifactError(f"{precision}: {(lines or ['no message'])[-1].removeprefix(_ERROR)}")
     return from_table(SelfTest, json.loads(child.stdout), where="self-test", error=ArtifactError)
 
 
@@ -116,13 +117,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds until this process ends itself")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
-    signal.setitimer(
-        signal.ITIMER_REAL, arguments.timeout
-    )  # SIGALRM's default action ends the process, also inside C code
+    # SIGALRM's default action ends the process, also inside C code
+    signal.setitimer(signal.ITIMER_REAL, arguments.timeout)
     try:
         result = run_here(arguments.slot, arguments.precision, threads=arguments.threads)
     except DeviceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_ERROR + " ".join(str(error).split()), file=sys.stderr)  # one line: the parent reads it
         return error.exit_code
     print(json.dumps(asdict(result)) if arguments.json else "\n".join(report_lines(result)))
     return 0

@@ -28,9 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from device.contract.errors import AgentBusyError, ArtifactError
+from device.contract.files import sync_directory
 from device.contract.manifest import Manifest
 from device.journal import Entry, Journal
-from device.storage import sync_directory
 
 NAMES = ("a", "b")
 MAX_TEST_STARTS = 3

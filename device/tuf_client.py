@@ -32,7 +32,7 @@ from tuf.api.metadata import TargetFile
 from tuf.ngclient import FetcherInterface, Updater
 
 from device.contract.errors import ConfigError, UpdateRefusedError
-from device.storage import sync_directory
+from device.contract.files import sync_directory
 
 CHANNEL_SCHEMA = 1
 MAX_BUNDLE_BYTES = 1 << 30

@@ -1,9 +1,7 @@
-"""Files that are written whole or not at all, and arrays whose bytes depend on nothing but their values."""
+"""Arrays whose bytes depend on nothing but their values, and hashes of files."""
 
 import hashlib
 import io
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +9,6 @@ from pathlib import Path
 import numpy as np
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file through a synced temporary file in the same directory and one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def deterministic_npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -7,7 +7,8 @@ from datetime import date
 import numpy as np
 import pytest
 
-from bench.record import describe_machine, write_results
+from bench.record import write_results
+from host.machine import describe_machine
 
 MACHINE = {"cpu": "Cortex-A76", "cores": 4, "memory_gb": 8.0, "os": "Debian, aarch64", "python": "3.11.2"}
 

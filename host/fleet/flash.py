@@ -13,9 +13,10 @@ from pathlib import Path
 from device.contract.board import load_board
 from device.contract.bundle import read_manifest
 from device.contract.errors import BoardMismatchError
+from device.contract.files import write_atomic
 from device.contract.topics import DeviceId
 from host.errors import FleetError
-from host.files import sha256_of, write_atomic
+from host.files import sha256_of
 from host.fleet.repository import published_digest
 
 

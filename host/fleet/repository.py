@@ -18,10 +18,10 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetF
 from tuf.api.serialization import DeserializationError
 
 from device.contract.bundle import read_manifest
+from device.contract.files import write_atomic
 from device.contract.manifest import Manifest
 from device.contract.topics import is_id
 from host.errors import FleetError
-from host.files import write_atomic
 from host.fleet.keys import create_keys, has_keys, load_keys
 
 LIFETIME_DAYS = {"root": 365, "targets": 90, "snapshot": 90, "timestamp": 7}

@@ -6,8 +6,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
+from device.contract.files import write_atomic
 from host.errors import ModelError
-from host.files import write_atomic
 from host.models.registry import create_model
 
 

@@ -160,7 +160,9 @@ class FieldTrial:
     def _push(self, name: str, repository: Path) -> BadUpdate:
         before = self._serving()
         with self._commander() as commander:
-            reply = commander.send(DEVICE, "update", {"source": f"dir:{os.path.relpath(repository, self.device.root)}"}, timeout_s=_REPLY_S)
+            reply = commander.send(
+                DEVICE, "update", {"source": f"dir:{os.path.relpath(repository, self.device.root)}"}, timeout_s=_REPLY_S
+            )
         refused = not reply.ok and self._serving() == before
         return BadUpdate(name=name, refused=refused, reason=reply.error or "accepted")
 

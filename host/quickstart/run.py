@@ -13,8 +13,8 @@ from subprocess import Popen
 from typing import Any
 
 from device.contract.bundle import read_manifest
+from device.contract.files import write_atomic
 from host.errors import FleetError
-from host.files import write_atomic
 from host.machine import describe_machine
 from host.pipeline import stage_metrics
 from host.quickstart.field import FieldTrial, fresh_directory, run_trial

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from device.contract.files import write_atomic
 from device.contract.manifest import Manifest
 from host.data.splits import ImageSplits
-from host.files import write_atomic
 from host.quickstart.field import LABELS_PER_CLASS, Answers, FieldRecord
 from host.quickstart.metrics import confusion, truth
 from host.report import charts
@@ -212,6 +212,6 @@ def _footer(manifest: Manifest, metrics: dict[str, Any]) -> dict[str, Any]:
         "commit": manifest.provenance["commit"],
         "data": manifest.provenance["data"],
         "packages": ", ".join(f"{name} {version}" for name, version in manifest.provenance["packages"].items()),
-        "machine": metrics["machine"],
+        "machine": ", ".join(f"{key} {value}" for key, value in metrics["machine"].items()),
         "seconds": f"{metrics['seconds']:.0f} in all",
     }

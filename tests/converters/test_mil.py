@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from converters.coreml import read_specification
 from converters.errors import ConversionError, UnsupportedOpError
-from converters.files import write_atomically
 from converters.mil import MilProgram
 from converters.mil_ops import OPERATIONS
 from converters.quiet import quiet
+from device.contract.files import write_atomic
 
 with quiet():
     import coremltools as ct
@@ -370,7 +370,7 @@ def test_damaged_program_is_refused(package, tmp_path):
     damaged = tmp_path / "damaged.mlpackage"
     specification = read_specification(package)
     specification.mlProgram.functions["main"].block_specializations["CoreML7"].operations[0].type = "no_such_op"
-    write_atomically(damaged / "Data/com.apple.CoreML/model.mlmodel", specification.SerializeToString())
+    write_atomic(damaged / "Data/com.apple.CoreML/model.mlmodel", specification.SerializeToString())
     with pytest.raises(ConversionError, match="not a readable Core ML program"):
         MilProgram(damaged)
 

@@ -37,6 +37,7 @@ def require_consistent(root: Path, releases: set[int]) -> None:
     slots = Slots(root)
     slots.recover(is_start=True)
     serving, fallback = slots.serving(), slots.fallback()
+    assert all(slots.state(slot).state != "staged" for slot in NAMES)
     assert serving.release in releases
     assert verify_directory(slots.directory(serving.slot)).release == serving.release
     assert verify_directory(slots.directory(fallback.slot)).release == fallback.release
@@ -163,6 +164,7 @@ def test_rollback_needs_an_earlier_confirmed_model(root: Path):
 
 def test_confirming_again_lifts_a_rejection(root: Path):
     install(root, 2, confirm=False).reject("b", "engine", "it failed")
+    assert os.readlink(root / "current") == "slots/a"
     assert Slots(root).rejection("hash-2").detail == "it failed"
     install(root, 2)
     assert Slots(root).rejection("hash-2") is None

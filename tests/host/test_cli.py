@@ -72,7 +72,9 @@ def test_publish_then_flash(capsys, tmp_path):
     code, out, _ = run(capsys, "flash", bundle, *places, "--to", target, "--broker", "mqtt://127.0.0.1:1883")
     assert code == 0
     assert "fieldvit-device run" in out
-    assert "was built for" in one_line_error(capsys, "flash", bundle, *places, "--to", target, "--board", "raspberry-pi-5")
+    assert "was built for" in one_line_error(
+        capsys, "flash", bundle, *places, "--to", target, "--board", "raspberry-pi-5"
+    )
     assert "board 'x' is unknown" in one_line_error(capsys, "flash", bundle, *places, "--to", target, "--board", "x")
     assert "write dir:PATH" in one_line_error(capsys, "flash", bundle, *places, "--to", "usb")
 

@@ -1,4 +1,4 @@
-"""Writes that survive a power cut: temporary file, fsync, rename, fsync of the directory; and the agent's lock."""
+"""The lock on a data directory: one agent, or one verb that changes slots, at a time."""
 
 import fcntl
 import os
@@ -7,26 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from device.contract.errors import AgentBusyError, ConfigError
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames and new names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader, or a power cut, sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
 
 
 @contextmanager
