@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
+_PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
+_STDERR = 2
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -15,7 +18,12 @@ def quiet() -> Iterator[None]:
     os.environ[_PROGRESS] = "n"  # litert-torch has no other switch; its console holds the real stdout
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            _quiet_libraries(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -26,4 +34,15 @@ def quiet() -> Iterator[None]:
             os.environ[_PROGRESS] = previous_progress
 
 
-_PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Drop what C++ code writes to standard error, past Python's `sys.stderr`."""
+    kept = os.dup(_STDERR)
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, _STDERR)
+        os.close(null)
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)

@@ -4,7 +4,6 @@ Verbs parse, call one function and print. Heavy imports happen inside the verb, 
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -247,7 +246,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; our own errors become one line on stderr and their exit code."""
     from converters.errors import ConversionError
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the converters' C++ parts greet on stderr
     try:
         status = app(
             args=(sys.argv[1:] if argv is None else argv) or ["--help"], prog_name="fieldvit", standalone_mode=False

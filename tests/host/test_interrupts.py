@@ -1,0 +1,64 @@
+"""Ctrl-C in every stage of the quickstart: one clear line, nothing left running, and the next run goes on from there."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from host.errors import HostError
+from host.quickstart.processes import find_device_python
+from tests.support.quickstart import run_quickstart_verb
+
+STAGES = ("train", "quantize", "export", "field")
+
+
+def interrupt_in(stage: str, runs: Path) -> tuple[int, list[str]]:
+    """Start the quickstart, press Ctrl-C once `stage` has begun; returns exit code and what stood on stderr."""
+    command = [sys.executable, "-m", "host.cli", "quickstart", "--short", "--runs", str(runs)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lines = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(f"{stage}: 0/") or line.startswith(f"{stage}: 1/15"):
+            process.send_signal(signal.SIGINT)
+            break
+    lines += process.stderr.readlines()
+    return process.wait(timeout=60), lines
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Command lines of processes that work in a directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            except OSError:
+                continue
+            if str(directory) in words:
+                found.append(words)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_quickstart_survives_ctrl_c_in_every_stage(tmp_path):
+    try:
+        find_device_python(None)
+    except HostError as error:
+        pytest.skip(str(error))
+    for stage in STAGES:
+        code, lines = interrupt_in(stage, tmp_path)
+        assert code == 130, (stage, lines)
+        assert [line for line in lines if line.startswith("error: ")] == [
+            "error: interrupted; run the same command again, finished stages are kept\n"
+        ]
+        assert not any("Traceback" in line for line in lines), stage
+        assert processes_in(tmp_path) == []
+    done = run_quickstart_verb(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not any(line.startswith("train: 1/15") for line in done.stderr.splitlines())  # the training was kept
