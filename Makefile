@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
-.PHONY: help env device-env peers quickstart test test-slow lint format bench clean
+.PHONY: help env device-env peers quickstart test test-slow lint format bench screenshots clean
 
 # PYTHON       interpreter for the environments; empty: python3.11, else python3 if it is 3.11
 # TORCH_INDEX  a further package index that offers PyTorch's CPU build, for example PyTorch's own; empty: none.
@@ -22,7 +22,7 @@ PEERS_VENV := .venv-peers
 BIN := $(VENV)/bin
 
 # Names of scripts in bench/ that take a minute or two on a laptop.
-QUICK_BENCHES := device_latency
+QUICK_BENCHES := device_latency install_sizes
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,9 @@ bench: env ## Run the quick benchmarks; long ones one by one: make evidence-NAME
 
 evidence-%: env ## Run bench/NAME.py, which writes bench/results/NAME.json and NAME.md
 	@$(BIN)/python -m bench.$* $(ARGS)
+
+screenshots: env device-env ## Take the pictures in docs/ from a real quickstart (needs chromium)
+	@$(BIN)/python -m bench.screenshots
 
 clean: ## Remove the environments and caches; results in bench/results and runs/ stay
 	rm -rf $(VENV) $(DEVICE_VENV) $(PEERS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,10 +5,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from converters.bundle import write_bundle
 from device.contract.bundle import extract
 from device.contract.manifest import MANIFEST_NAME, FileEntry, Manifest
 from host.fleet.repository import UpdateRepository, published_digest
+
+LARGE_CONSTANT_BYTES = 1024
+_WORD = 4
 
 
 def wrongly_signed(bundle: Path, directory: Path, channel: str) -> Path:
@@ -63,11 +68,13 @@ def _next_release(manifest: Manifest, files: dict[str, bytes]) -> Manifest:
 
 
 def _overwrite_weights(model: bytes) -> bytes:
-    """Reverse the bytes of every large constant buffer: the file stays valid, the weights become nonsense."""
+    """Reverse the order of the words in every large constant, in place: a sound file whose weights are nonsense."""
     from ai_edge_litert.tools import flatbuffer_utils
 
-    content = flatbuffer_utils.convert_bytearray_to_object(bytearray(model))
-    for buffer in content.buffers:
-        if buffer.data is not None and len(buffer.data) > 1024:
-            buffer.data = buffer.data[::-1]
-    return bytes(flatbuffer_utils.convert_object_to_bytearray(content))
+    content = bytearray(model)
+    for buffer in flatbuffer_utils.convert_bytearray_to_object(bytearray(model)).buffers:
+        weights = bytes(bytearray(buffer.data)) if buffer.data is not None else b""
+        if len(weights) >= LARGE_CONSTANT_BYTES and len(weights) % _WORD == 0:
+            start = content.index(weights)
+            content[start : start + len(weights)] = np.frombuffer(weights, "<u4")[::-1].tobytes()
+    return bytes(content)

@@ -5,7 +5,9 @@ is made on them. Host stages are cached, so an interrupted quickstart goes on wh
 """
 
 import json
+import resource
 import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +70,11 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
                 record = run_trial(trial, agent, split, lines)
                 lines.close()
                 metrics = quickstart_metrics(record, split) | _host_metrics(directory, bundle)
-                metrics |= {"seed": config.seed, "host_seconds": host_seconds, "seconds": time.monotonic() - started}
+                metrics |= _memory() | {
+                    "seed": config.seed,
+                    "host_seconds": host_seconds,
+                    "seconds": time.monotonic() - started,
+                }
                 report = write_report(
                     directory, manifest=read_manifest(bundle), split=split, record=record, metrics=metrics
                 )
@@ -91,6 +97,13 @@ def quickstart_recipe(*, seed: int, short: bool) -> Recipe:
         train = replace(recipe.train, epochs=SHORT_EPOCHS)
         return replace(recipe, name=f"{name}-short", seed=seed, train=train)
     return replace(recipe, name=name, seed=seed)
+
+
+def _memory() -> dict[str, float]:
+    """Peak resident memory so far: this process, and the largest of the processes it has waited for."""
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    usage = {"host": resource.RUSAGE_SELF, "largest_child": resource.RUSAGE_CHILDREN}
+    return {f"peak_memory_mb_{name}": resource.getrusage(who).ru_maxrss / unit for name, who in usage.items()}
 
 
 def _interrupt(number: int, frame: object) -> None:

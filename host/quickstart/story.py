@@ -25,8 +25,8 @@ def write_report(
         title="FieldViT quickstart",
         subtitle=(
             "A vision transformer trained, distilled, quantized, converted, proved equal, signed, flashed, taught and attacked. "
-            f"Real data: scikit-learn's handwritten digits; every accuracy is measured by the board's process on {len(split.test.labels)} "
-            "test images that no choice was made on."
+            f"Real data: scikit-learn's handwritten digits. Answers come from the board's process, on {len(split.test.labels)} test "
+            "images that no choice was made on."
         ),
         headlines=_headlines(metrics),
         sections=[

@@ -20,10 +20,10 @@ from device.contract.manifest import MANIFEST_NAME, Artifact, CoreMLArtifact, In
 from device.contract.records import to_table
 from device.preprocess import preprocess
 from host.data.splits import ImageSplits
-from host.errors import ExportError
 from host.files import deterministic_npz, sha256_of
 from host.pipeline import Report, package_versions
 from host.recipe import Recipe
+from host.stages.budget import require_budget
 from host.stages.data import base_test_images, describe_data, input_spec, load_model, load_split
 from host.stages.documents import ml_bom, model_card
 from host.stages.features import FeaturesOf, tflite_features, torch_features
@@ -168,19 +168,11 @@ def _add_coreml(draft: _Draft, model: nn.Module, head: LinearHead) -> None:
 
 
 def _require_budgets(draft: _Draft) -> None:
-    """Refuse an artifact that a board of the recipe cannot take."""
     entries = describe(draft.files)
-    for board in map(load_board, draft.recipe.export.boards):
-        runnable = [artifact for artifact in draft.artifacts if artifact.precision in board.support.precisions]
-        if "tflite" in board.support.formats and not runnable:
-            raise ExportError(f"{board.name}: runs none of the artifacts; take it out of export.boards")
-        for artifact in runnable:
-            size = entries[artifact.path].bytes
-            if size > board.budget.artifact_bytes:
-                raise ExportError(
-                    f"{board.name}: {artifact.path} has {size} bytes, its budget is "
-                    f"{board.budget.artifact_bytes}; choose a smaller variant or take the board out of export.boards"
-                )
+    sizes = {artifact.precision: entries[artifact.path].bytes for artifact in draft.artifacts}
+    coreml_bytes = sum(entry.bytes for name, entry in entries.items() if name.startswith(f"{COREML_PATH}/"))
+    for name in draft.recipe.export.boards:
+        require_budget(load_board(name), sizes, coreml_bytes=coreml_bytes)
 
 
 def _write(draft: _Draft) -> str:

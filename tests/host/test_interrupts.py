@@ -23,7 +23,7 @@ def interrupt_in(stage: str, runs: Path) -> tuple[int, list[str]]:
     assert process.stderr is not None
     for line in process.stderr:
         lines.append(line)
-        if line.startswith(f"{stage}: 0/") or line.startswith(f"{stage}: 1/15"):
+        if line.startswith((f"{stage}: 0/", f"{stage}: 1/15")):
             process.send_signal(signal.SIGINT)
             break
     lines += process.stderr.readlines()
