@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from converters.bundle import write_bundle
 from device.contract.bundle import extract
+from device.contract.errors import ArtifactError
 from device.contract.manifest import MANIFEST_NAME, FileEntry, Manifest
 from host.fleet.repository import UpdateRepository, published_digest
 
@@ -68,13 +70,28 @@ def _next_release(manifest: Manifest, files: dict[str, bytes]) -> Manifest:
 
 
 def _overwrite_weights(model: bytes) -> bytes:
-    """Reverse the order of the words in every large constant, in place: a sound file whose weights are nonsense."""
+    """Reverse the order of the words in every large constant, in place: a sound file whose weights are nonsense.
+
+    Raises:
+        ArtifactError: there is no constant that large; the model would be as good as before.
+    """
+    constants = [(start, size) for start, size in _constants(model) if size >= LARGE_CONSTANT_BYTES]
+    if not constants:
+        raise ArtifactError(f"the model has no constant of {LARGE_CONSTANT_BYTES} bytes to overwrite")
+    content = bytearray(model)
+    for start, size in constants:
+        words = np.frombuffer(model, "<u4", count=size // _WORD, offset=start)
+        content[start : start + words.nbytes] = words[::-1].tobytes()
+    return bytes(content)
+
+
+def _constants(model: bytes) -> Iterator[tuple[int, int]]:
+    """Where the constants of a TFLite file lie, as (start, bytes)."""
     from ai_edge_litert.tools import flatbuffer_utils
 
-    content = bytearray(model)
     for buffer in flatbuffer_utils.convert_bytearray_to_object(bytearray(model)).buffers:
-        weights = bytes(bytearray(buffer.data)) if buffer.data is not None else b""
-        if len(weights) >= LARGE_CONSTANT_BYTES and len(weights) % _WORD == 0:
-            start = content.index(weights)
-            content[start : start + len(weights)] = np.frombuffer(weights, "<u4")[::-1].tobytes()
-    return bytes(content)
+        if buffer.size:  # behind the flatbuffer, as the quantizer writes it
+            yield buffer.offset, buffer.size
+        elif buffer.data is not None:
+            data = bytes(bytearray(buffer.data))
+            yield model.index(data), len(data)

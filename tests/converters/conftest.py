@@ -1,5 +1,6 @@
 """A tiny hybrid model, converted once per session, for every test of `converters`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-c", f"from tests.converters.tiny import *; write_artifacts(Path({str(directory)!r}))"],
         check=True,
         cwd=Path(__file__).parents[2],
-        env={"PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "PYTHONHASHSEED": "7"},
         timeout=120,
     )
     return directory
