@@ -43,33 +43,6 @@ def compare(reference: np.ndarray, outputs: np.ndarray) -> Parity:
     )
 
 
-def require(
-    parity: Parity,
-    *,
-    name: str = "artifact",
-    min_argmax_agreement: float = 0.0,
-    min_cosine: float = -1.0,
-    max_abs_difference: float = float("inf"),
-) -> None:
-    """Refuse an artifact that is further from its reference than the bounds.
-
-    Raises:
-        ParityError: names every figure that is out of bounds.
-    """
-    failures = []
-    if parity.argmax_agreement < min_argmax_agreement:
-        failures.append(f"argmax agreement {parity.argmax_agreement:.4f} is below {min_argmax_agreement:.4f}")
-    if parity.min_cosine < min_cosine:
-        failures.append(f"lowest cosine {parity.min_cosine:.5f} is below {min_cosine:.5f}")
-    if parity.max_abs_difference > max_abs_difference:
-        failures.append(f"largest difference {parity.max_abs_difference:.3g} is above {max_abs_difference:.3g}")
-    if failures:
-        raise ParityError(
-            f"{name}: {'; '.join(failures)} (over {parity.images} images); "
-            "calibrate with more images, keep more layers float, or train with quantization"
-        )
-
-
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine of each row; two zero rows agree, a zero row and another do not."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)  # [N]

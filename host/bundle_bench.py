@@ -22,13 +22,14 @@ from host.stages.head import LinearHead, load_head
 
 BENCH_COLUMNS = ("bundle", "artifact", "accuracy", "p50 ms", "p90 ms", "p99 ms", "kB", "peak MB")
 _CHILD = """
-import resource, sys, numpy as np
+import sys, numpy as np
 from pathlib import Path
 from device.engine import Engine
+from host.memory import own_peak_bytes
 engine = Engine(Path(sys.argv[1]))
 for _ in range(20):
     engine.features(np.zeros(engine.input_shape("features", "images"), np.float32))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(own_peak_bytes())
 """
 
 

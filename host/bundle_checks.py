@@ -5,7 +5,7 @@ run is not at hand, it is the bundle's own float32 TFLite file, and the report s
 """
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from host.recipe import Recipe
 from host.stages.data import base_test_images, load_model, load_split
 from host.stages.features import tflite_features, torch_features
 from host.stages.head import load_head
-from host.stages.proof import Proof, Reference, prove_coreml, prove_tflite
+from host.stages.proof import INFER_PATH, Proof, Reference, prove_coreml, prove_infer, prove_tflite
 
 CHECK_COLUMNS = ("artifact", "accuracy", "argmax agreement", "lowest cosine", "largest difference", "verdict")
 FLOAT = "float32"
+OWN_FLOAT = "the bundle's own float32 file, because the run that made it is not at hand (--runs)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +37,17 @@ class Check:
     artifact: str
     proof: Proof
     problems: tuple[str, ...]
+    is_reference: bool = False
 
     def row(self) -> tuple[str, ...]:
         proof = self.proof
         figures = (f"{proof.accuracy:.2%}", f"{proof.argmax_agreement:.2%}", f"{proof.min_cosine:.6f}")
-        return (self.artifact, *figures, f"{proof.max_abs_difference:.2e}", "; ".join(self.problems) or "equal")
+        return (
+            self.artifact,
+            *figures,
+            f"{proof.max_abs_difference:.2e}",
+            "; ".join(self.problems) or ("the reference itself" if self.is_reference else "passed"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,10 @@ def verify_bundle(bundle: Path, runs: Path) -> VerifyReport:
         recipe = recipe_of(manifest)
         reference, what = _reference(recipe, manifest, directory, runs)
         checks = [_check_tflite(artifact, manifest, recipe, directory, reference) for artifact in manifest.artifacts]
+        if what == OWN_FLOAT:
+            checks = [replace(check, is_reference=check.artifact == FLOAT) for check in checks]
+        proof = prove_infer(directory / INFER_PATH, reference)
+        checks.append(Check(artifact="infer", proof=proof, problems=proof.problems("infer")))
         if manifest.coreml:
             proof = prove_coreml(directory / manifest.coreml.path, reference)
             checks.append(Check(artifact="coreml", proof=proof, problems=proof.problems("coreml")))
@@ -96,7 +107,7 @@ def _reference(recipe: Recipe, manifest: Manifest, directory: Path, runs: Path) 
         features, what = torch_features(load_model(recipe, weights), images), f"the PyTorch model {weights}"
     else:
         features = tflite_features(directory / manifest.artifact(FLOAT).path, images)
-        what = f"its own float32 file (the run that made it is not in {runs})"
+        what = OWN_FLOAT
     return Reference(images=images, labels=labels, features=features, logits=head.logits(features)), what
 
 

@@ -34,7 +34,7 @@ _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click an
 
 @app.command(epilog="Example: fieldvit quickstart --keep-running")
 def quickstart(
-    seed: Annotated[int, typer.Option(help="Seed of the data split and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data split and of training.")] = 0,
     runs: RunsOption = RUNS,
     device_python: Annotated[
         Path | None,
@@ -87,6 +87,8 @@ def verify(bundle: BundleArgument, runs: RunsOption = RUNS, as_json: JsonOption 
     from host.bundle_checks import CHECK_COLUMNS, verify_bundle
 
     report = verify_bundle(bundle, runs)
+    if not as_json:
+        print(f"{report.images} test images, against {report.reference}")
     _print_table(CHECK_COLUMNS, [check.row() for check in report.checks], asdict(report) if as_json else None)
     report.require_passed()
 
@@ -117,9 +119,9 @@ def publish(
     ),
 ) -> None:
     """Sign a bundle into the update repository and point a channel at it."""
-    from host.fleet.repository import UpdateRepository
+    from host.fleet.repository import publish_bundle
 
-    manifest = UpdateRepository.open_or_create(repo, keys).publish(bundle, channel)
+    manifest = publish_bundle(bundle, channel, directory=repo, keys=keys)
     print(f"{manifest.name} {manifest.version} (release {manifest.release}) is signed into {repo}, channel {channel}")
 
 
@@ -136,7 +138,7 @@ def flash(
     channel: Annotated[str, typer.Option(help="The channel the board follows.")] = "stable",
     site: Annotated[str, typer.Option(help="Site id.")] = "home",
     device: Annotated[str, typer.Option(help="Device id.")] = "board-1",
-    broker: Annotated[str, typer.Option(help="mqtt://HOST:PORT; without it the board keeps to itself.")] = "",
+    broker: Annotated[str, typer.Option(help="mqtt://[USER@]HOST[:PORT]; without it the board keeps to itself.")] = "",
     frames: Annotated[
         str, typer.Option(help="Where the board finds its frames, relative to its data directory.")
     ] = "frames",
@@ -148,8 +150,9 @@ def flash(
     root = parse_directory(to)
     address = parse_broker(broker) if broker else None
     settings = BoardSettings(id=DeviceId(site, device), board=board, channel=channel, broker=address, frames=frames)
-    flash_directory(bundle, root, repository=repo, settings=settings)
-    print(f"{root} is ready for {board}; start the board with: fieldvit-device run --root {root}")
+    expires = flash_directory(bundle, root, repository=repo, settings=settings)
+    print(f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}")
+    print(f"start the board with: fieldvit-device run --root {root}")
 
 
 @app.command(epilog="Example: fieldvit monitor --store monitor.sqlite --port 8080")
@@ -234,12 +237,13 @@ def parse_directory(target: str) -> Path:
     return Path(path)
 
 
-def parse_broker(url: str) -> tuple[str, int]:
-    """Host name and port of `mqtt://HOST:PORT`."""
+def parse_broker(url: str) -> Any:
+    """What a board is told of the broker at `mqtt://[USER@]HOST[:PORT]`."""
+    from host.fleet.flash import BrokerSettings
     from host.monitor.broker import parse_broker_url
 
     address = parse_broker_url(url)
-    return address.hostname, address.port
+    return BrokerSettings(hostname=address.hostname, port=address.port, username=address.username)
 
 
 def main(argv: list[str] | None = None) -> int:

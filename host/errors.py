@@ -8,6 +8,7 @@ HostError               1
 +-- FleetError          15  (RuntimeError)  keys, the update repository, flashing or a board's answer
 +-- MonitorError        16  (RuntimeError)  broker, store or page cannot start
 +-- ExportError         17  (ValueError)    an artifact may not be shipped: too far from float, or over a board's budget
+    +-- QuickstartError     18  (RuntimeError)  the quickstart ran, but missed what it promises
 """
 
 
@@ -57,3 +58,9 @@ class ExportError(HostError, ValueError):
     """An artifact may not be shipped: too far from the float model, or over a board's budget."""
 
     exit_code = 17
+
+
+class QuickstartError(HostError, RuntimeError):
+    """The quickstart ran to its end, but missed what it promises."""
+
+    exit_code = 18

@@ -26,7 +26,7 @@ _SOURCES = (
     "host/models",
     "host/quantize",
 )
-_SOURCES += ("host/stages", "host/training", "device/engine.py", "device/preprocess.py")
+_SOURCES += ("host/stages", "host/training", "host/files.py", "device/engine.py", "device/preprocess.py")
 _PACKAGES = (
     "torch",
     "timm",
@@ -72,11 +72,6 @@ def run_stage(stage: Stage, directory: Path, *, upstream: str = "") -> str:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     return digest
-
-
-def is_done(stage: Stage, directory: Path, *, upstream: str = "") -> bool:
-    """Whether the stage's cached result is current."""
-    return bool(_stamp(directory / stage.name).get("digest") == stage_digest(stage, upstream))
 
 
 def stage_metrics(directory: Path, name: str) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class ContinualSpec:
     def __post_init__(self) -> None:
         if self.method != "slda":
             raise RecipeError(f"continual.method {self.method!r} is unknown; this version knows 'slda'")
+        if self.max_classes < 2:
+            raise RecipeError(f"continual.max_classes must be 2 or more, got {self.max_classes}")
         if not 0 < self.shrinkage < 1 or not 0 <= self.max_drop <= 1:
             raise RecipeError("continual: shrinkage must be within 0..1 and max_drop within 0..1")
 
@@ -86,6 +88,8 @@ class ExportSpec:
         unknown = set(self.formats) - set(FORMATS)
         if unknown or "tflite" not in self.formats:
             raise RecipeError(f"export.formats must hold 'tflite' and may hold 'coreml', got {list(self.formats)}")
+        if not self.boards:
+            raise RecipeError("export.boards must name at least one board; 'fieldvit boards' lists them")
         for board in self.boards:
             load_board(board)
 
@@ -112,6 +116,8 @@ class Recipe:
             raise RecipeError(f"name {self.name!r} must match {_NAME.pattern}")
         if self.task != "classify":
             raise RecipeError(f"task {self.task!r} is unknown; this version knows 'classify'")
+        if self.seed < 0:
+            raise RecipeError(f"seed must be 0 or more, got {self.seed}")
         if not _VERSION.fullmatch(self.version) or self.release < 1:
             raise RecipeError(f"version must be like 1.2.3 and release 1 or more, got {self.version!r}, {self.release}")
 
@@ -128,9 +134,9 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"{path}: cannot be read ({error.strerror}); name a recipe, or start from a copy of host/recipes/quickstart.toml"
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}); name a recipe, or start from a copy of host/recipes/quickstart.toml"
         ) from error
     return parse_recipe(text, where=str(path))
 

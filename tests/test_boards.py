@@ -50,7 +50,7 @@ def test_file_opens_with_the_command_that_uses_it(board):
     comments = (PROFILES / f"{board.name}.toml").read_text(encoding="utf-8").split("\nname =")[0].splitlines()
     assert all(line.startswith("#") for line in comments)
     assert any("`fieldvit boards`" in line for line in comments)
-    assert any(f"`fieldvit export --board {board.name}`" in line for line in comments)
+    assert any(f"`fieldvit flash --board {board.name}`" in line for line in comments)
 
 
 def test_budgets_fit_the_board(board):

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from bench.quickstart_seeds import readme_table
 from host.errors import HostError
+from host.models.registry import create_model
+from host.quickstart.metrics import missed_bounds
 from host.quickstart.processes import find_device_python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+def results(name):
+    return json.loads((ROOT / f"bench/results/{name}.json").read_text())["rows"]
 
 
 def test_first_block_names_targets_and_stands_at_the_top():
@@ -32,10 +39,21 @@ def test_local_links_and_pictures_exist():
 
 
 def test_results_are_the_measured_ones():
-    table = json.loads((ROOT / "bench/results/quickstart_seeds.json").read_text())
-    mean = next(row for row in table["rows"] if row["seed"] == "mean")
-    for name in ("base_accuracy_float", "base_accuracy_int8", "all_accuracy_before", "all_accuracy_after"):
-        assert f"{mean[name]:.2%}" in README, name
+    assert readme_table(results("quickstart_seeds")) in README
+    for row in results("install_sizes"):
+        assert f"{row['megabytes']} MB" in README, row
+    model = create_model("efficientformer", "field-32", num_classes=8, in_chans=1)
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} million" in README
+
+
+def test_the_published_seeds_keep_what_the_quickstart_promises():
+    *seeds, mean = results("quickstart_seeds")
+    assert len(seeds) == 5
+    assert mean["all_accuracy_after"] >= 0.95
+    for row in seeds:
+        assert missed_bounds(row, training_too=True) == []
+        assert row["seconds"] <= 300
+        assert row["peak_memory_mb"] <= 4000
 
 
 def test_commands_by_hand_run_in_their_order(tmp_path):

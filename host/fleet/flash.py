@@ -7,8 +7,11 @@ here: the agent installs it itself at its next start, through the same checks as
 import json
 import os
 import shutil
+import tomllib
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from device.contract.board import load_board
 from device.contract.bundle import read_manifest
@@ -17,7 +20,18 @@ from device.contract.files import write_atomic
 from device.contract.topics import DeviceId
 from host.errors import FleetError
 from host.files import sha256_of
-from host.fleet.repository import published_digest
+from host.fleet.repository import ChannelOffer, channel_offer, published_digest, target_name
+
+CONFIG = "agent.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerSettings:
+    """The board's broker; a password is put beside `agent.toml` by whoever owns it, never by this."""
+
+    hostname: str
+    port: int = 1883
+    username: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +41,24 @@ class BoardSettings:
     id: DeviceId
     board: str
     channel: str = "stable"
-    broker: tuple[str, int] | None = None
+    broker: BrokerSettings | None = None
     frames: str = "frames"
-    results: bool = False
 
 
-def flash_directory(bundle: Path, root: Path, *, repository: Path, settings: BoardSettings) -> None:
-    """Prepare a board's data directory; an existing `agent.toml` is kept, only the update files are renewed.
+def flash_directory(bundle: Path, root: Path, *, repository: Path, settings: BoardSettings) -> datetime:
+    """Prepare a board's data directory; an `agent.toml` that is there is kept, only the update files are renewed.
 
     Args:
         bundle: must be the one that the repository's channel points at.
         root: the board's data directory.
         repository: a directory that `fieldvit publish` wrote.
-        settings: used when the directory has no `agent.toml` yet.
+        settings: an `agent.toml` that is there must say the same board, site, device and channel.
+
+    Returns:
+        Until when the board will install it.
 
     Raises:
-        FleetError: the bundle is not published there, or the directory trusts another repository.
+        FleetError: the channel does not offer the bundle, or the directory belongs to another board or repository.
         BoardMismatchError: the bundle was not built for this board.
     """
     manifest = read_manifest(bundle)
@@ -52,42 +68,52 @@ def flash_directory(bundle: Path, root: Path, *, repository: Path, settings: Boa
             f"{bundle.name} was built for {', '.join(manifest.boards)}, not for {settings.board}; "
             f"add {settings.board!r} to export.boards in the recipe and export again"
         )
-    _require_published(bundle, repository, f"{manifest.name}-{manifest.version}.fieldvit")
+    offer = _require_offered(bundle, repository, target_name(manifest), settings.channel)
     trusted = (repository / "metadata" / "1.root.json").read_bytes()
     _require_same_root(root / "root.json", trusted)
-    root.mkdir(parents=True, exist_ok=True)
-    _copy_tree(repository, root / "updates")
-    if not (root / "agent.toml").exists():
-        write_atomic(root / "agent.toml", agent_toml(settings).encode())
+    _require_same_settings(root / CONFIG, settings)
+    _copy_repository(repository, root / "updates", offer)
+    if not (root / CONFIG).exists():
+        write_atomic(root / CONFIG, agent_toml(settings).encode())
     write_atomic(root / "root.json", trusted)
+    return offer.expires
 
 
 def agent_toml(settings: BoardSettings) -> str:
     """The agent's configuration file."""
-    lines = [
-        "# Used by: fieldvit-device run --root THIS_DIRECTORY",
-        f"site = {json.dumps(settings.id.site)}",
-        f"device = {json.dumps(settings.id.device)}",
-        f"board = {json.dumps(settings.board)}",
-        f"channel = {json.dumps(settings.channel)}",
-        f"results = {json.dumps(settings.results)}",
-        "",
-        "[source]",
-        f"path = {json.dumps(settings.frames)}",
-        "",
-        "[update]",
-        'source = "dir:updates"',
-    ]
+    tables: dict[str, dict[str, Any]] = {
+        "": _identity(settings),
+        "source": {"path": settings.frames},
+        "update": {"source": "dir:updates"},
+    }
     if settings.broker:
-        lines += ["", "[broker]", f"hostname = {json.dumps(settings.broker[0])}", f"port = {settings.broker[1]}"]
+        tables["broker"] = {"hostname": settings.broker.hostname, "port": settings.broker.port}
+        tables["broker"] |= {"username": settings.broker.username} if settings.broker.username else {}
+    lines = ["# Used by: fieldvit-device run --root THIS_DIRECTORY"]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"] if name else []
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
 
 
-def _require_published(bundle: Path, repository: Path, name: str) -> None:
-    if published_digest(repository, name) != sha256_of(bundle):
+def _identity(settings: BoardSettings) -> dict[str, str]:
+    return {
+        "site": settings.id.site,
+        "device": settings.id.device,
+        "board": settings.board,
+        "channel": settings.channel,
+    }
+
+
+def _require_offered(bundle: Path, repository: Path, name: str, channel: str) -> ChannelOffer:
+    offer = channel_offer(repository, channel)
+    if offer is None or offer.bundle != name or published_digest(repository, name) != sha256_of(bundle):
+        offered = f"offers {offer.bundle}" if offer else "does not exist"
         raise FleetError(
-            f"{bundle.name} is not in the repository {repository}; run 'fieldvit publish {bundle} --repo {repository}' first"
+            f"channel {channel} in {repository} {offered}, not this {name}; "
+            f"run 'fieldvit publish {bundle} --repo {repository} --channel {channel}' first"
         )
+    return offer
 
 
 def _require_same_root(path: Path, trusted: bytes) -> None:
@@ -97,12 +123,30 @@ def _require_same_root(path: Path, trusted: bytes) -> None:
         )
 
 
-def _copy_tree(source: Path, target: Path) -> None:
-    """Replace `target` by a copy of `source`, keeping the old one until the new one is whole."""
+def _require_same_settings(path: Path, settings: BoardSettings) -> None:
+    """A directory that belongs to one board is not turned into another by an option."""
+    if not path.exists():
+        return
+    try:
+        present = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FleetError(f"{path}: not TOML ({error}); mend it, or flash an empty directory") from error
+    for key, value in _identity(settings).items():
+        if present.get(key, value) != value:
+            raise FleetError(
+                f"{path}: says {key} {present[key]!r}, not {value!r}; pass --{key} {present[key]}, or edit the file"
+            )
+
+
+def _copy_repository(source: Path, target: Path, offer: ChannelOffer) -> None:
+    """Replace `target` by the metadata and the channel's files, keeping the old one until the new one is whole."""
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(source, partial)
+    shutil.copytree(source / "metadata", partial / "metadata")
+    for file in offer.files:
+        (partial / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / file, partial / file)
     if target.exists():
         os.replace(target, old)
     os.replace(partial, target)

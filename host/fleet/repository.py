@@ -8,6 +8,7 @@ publication writes targets, then metadata, and `timestamp.json` last, in one ren
 """
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from device.contract.topics import is_id
 from host.errors import FleetError
 from host.fleet.keys import create_keys, has_keys, load_keys
 
-LIFETIME_DAYS = {"root": 365, "targets": 90, "snapshot": 90, "timestamp": 7}
+LIFETIME_DAYS = {"root": 365, "targets": 90, "snapshot": 90, "timestamp": 30}
+"""A board refuses to install from older metadata. 30 days for the timestamp, not the usual one or seven: flashed cards wait."""
 CHANNEL_SCHEMA = 1
 
 
@@ -62,8 +64,7 @@ class UpdateRepository:
             FleetError: the channel name is wrong, or the channel already has this release or a newer one.
             ArtifactError: the file is no bundle.
         """
-        if not is_id(channel):
-            raise FleetError(f"channel {channel!r}: use letters, digits, '_' and '-' only")
+        _require_channel_name(channel)
         manifest = read_manifest(bundle)
         targets = _targets(self.directory)
         current = self.release_of(channel)
@@ -72,7 +73,7 @@ class UpdateRepository:
                 f"channel {channel}: has release {current}, the bundle is release {manifest.release}; "
                 "boards refuse to go back, so raise 'release' in the recipe and export again"
             )
-        name = f"{manifest.name}-{manifest.version}.fieldvit"
+        name = target_name(manifest)
         content = bundle.read_bytes()
         existing = targets.targets.get(name)
         if existing and existing.hashes["sha256"] != TargetFile.from_data(name, content, ["sha256"]).hashes["sha256"]:
@@ -86,12 +87,8 @@ class UpdateRepository:
 
     def release_of(self, channel: str) -> int | None:
         """The release a channel points at, or None."""
-        name = f"channels/{channel}.json"
-        target = _targets(self.directory).targets.get(name)
-        if target is None:
-            return None
-        path = self._target_path(name, target.hashes["sha256"])
-        return int(json.loads(path.read_bytes())["release"])
+        offer = channel_offer(self.directory, channel)
+        return offer.release if offer else None
 
     @classmethod
     def _create(cls, directory: Path, keys: dict[str, list[CryptoSigner]]) -> "UpdateRepository":
@@ -117,13 +114,9 @@ class UpdateRepository:
 
     def _add_target(self, targets: Targets, name: str, content: bytes) -> None:
         target = targets.targets[name] = TargetFile.from_data(name, content, ["sha256"])
-        path = self._target_path(name, target.hashes["sha256"])
+        path = self.directory / target_path(name, target.hashes["sha256"])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
-
-    def _target_path(self, name: str, digest: str) -> Path:
-        folder, _, base = name.rpartition("/")
-        return self.directory / "targets" / folder / f"{digest}.{base}"
 
     def _commit(self, targets: Targets) -> None:
         version = targets.version
@@ -139,6 +132,51 @@ class UpdateRepository:
         for signer in signers or self._keys[signed.type]:
             metadata.sign(signer, append=True)
         write_atomic(self.directory / "metadata" / file_name, metadata.to_bytes())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelOffer:
+    """What a channel points at, the files of it (relative to the repository), and until when boards install it."""
+
+    bundle: str
+    release: int
+    files: tuple[Path, ...]
+    expires: datetime
+
+
+def publish_bundle(bundle: Path, channel: str, *, directory: Path, keys: Path) -> Manifest:
+    """Check what can be checked, then open or make the repository with its keys, and publish."""
+    _require_channel_name(channel)
+    read_manifest(bundle)
+    return UpdateRepository.open_or_create(directory, keys).publish(bundle, channel)
+
+
+def channel_offer(directory: Path, channel: str) -> ChannelOffer | None:
+    """What a channel offers, or None if there is no such channel; needs no key.
+
+    Raises:
+        FleetError: the directory is no update repository.
+    """
+    targets = _targets(directory).targets
+    name = f"channels/{channel}.json"
+    if name not in targets:
+        return None
+    pointer = target_path(name, targets[name].hashes["sha256"])
+    table = json.loads((directory / pointer).read_bytes())
+    bundle = target_path(table["bundle"], targets[table["bundle"]].hashes["sha256"])
+    expires = Metadata[Timestamp].from_file(str(directory / "metadata" / "timestamp.json")).signed.expires
+    return ChannelOffer(bundle=table["bundle"], release=table["release"], files=(pointer, bundle), expires=expires)
+
+
+def target_name(manifest: Manifest) -> str:
+    """The name of a bundle among the targets."""
+    return f"{manifest.name}-{manifest.version}.fieldvit"
+
+
+def target_path(name: str, digest: str) -> Path:
+    """Where a target lies, relative to the repository."""
+    folder, _, base = name.rpartition("/")
+    return Path("targets") / folder / f"{digest}.{base}"
 
 
 def published_digest(directory: Path, name: str) -> str | None:
@@ -164,6 +202,11 @@ def _targets(directory: Path) -> Targets:
         raise FleetError(
             f"{directory}: not a whole update repository ({error}); run 'fieldvit publish' first"
         ) from error
+
+
+def _require_channel_name(channel: str) -> None:
+    if not is_id(channel):
+        raise FleetError(f"channel {channel!r}: use letters, digits, '_' and '-' only")
 
 
 def _expires(role: str) -> datetime:

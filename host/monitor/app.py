@@ -34,7 +34,7 @@ class MonitorConfig:
     broker_hostname: str = "127.0.0.1"
     broker_port: int = DEFAULT_PORT
     http_hostname: str = "127.0.0.1"
-    http_port: int = 8765
+    http_port: int = 8080
     ready_file: Path | None = None
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from device.contract.topics import DeviceId
 from host.data.splits import ImageSplits
 from host.errors import FleetError
 from host.fleet.commands import Commander
-from host.fleet.flash import BoardSettings, flash_directory
+from host.fleet.flash import BoardSettings, BrokerSettings, flash_directory
 from host.fleet.repository import UpdateRepository
 from host.pipeline import Report
 from host.quickstart.bad_updates import broken_inside, damaged_on_the_way, wrongly_signed
@@ -49,11 +49,12 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadUpdate:
-    """One attack: what was done, what the board said, and whether it kept serving the good model."""
+    """One attack: what was done, the board's reason and words, and whether it refused for the right reason and serves on."""
 
     name: str
     refused: bool
     reason: str
+    words: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,11 +83,15 @@ class FieldTrial:
 
     def flash(self) -> None:
         """Publish the bundle and prepare the board's directory."""
-        manifest = self.repository.publish(self.bundle, CHANNEL)
+        self.repository.publish(self.bundle, CHANNEL)
         broker = self.monitor["broker"]
-        settings = BoardSettings(id=DEVICE, board=BOARD, channel=CHANNEL, broker=(broker["hostname"], broker["port"]))
+        settings = BoardSettings(
+            id=DEVICE,
+            board=BOARD,
+            channel=CHANNEL,
+            broker=BrokerSettings(hostname=broker["hostname"], port=broker["port"]),
+        )
         flash_directory(self.bundle, self.device.root, repository=self.repository.directory, settings=settings)
-        self.bundle_name = f"{manifest.name}-{manifest.version}.fieldvit"
 
     def stream(self, name: str, images: np.ndarray, agent: "Popen[bytes]") -> list[str]:
         """Put frames before the board's camera and wait until it has seen them all; returns the frame ids."""
@@ -137,34 +142,38 @@ class FieldTrial:
         broken = broken_inside(self.bundle, self.directory, self.repository, CHANNEL)
         damaged = damaged_on_the_way(self.repository.directory, broken.name, self.directory)
         return [
-            self._push("signed with keys the board does not trust", stranger),
-            self._push("one byte changed on the way", damaged),
-            self._push("properly signed, weights broken", self.repository.directory),
+            self._push("signed with keys the board does not trust", stranger, expected="signature"),
+            self._push("one byte changed on the way", damaged, expected="checksum"),
+            self._push("properly signed, weights broken", self.repository.directory, expected="selftest"),
         ]
 
-    def events(self, *, refused: int) -> list[dict[str, Any]]:
-        """The board's events as the monitor keeps them, oldest first, once it has that many refusals."""
-        deadline = time.monotonic() + _EVENTS_S
-        while True:
-            events = self._stored_events()
-            if sum(event["kind"] == "refused" for event in events) >= refused or time.monotonic() > deadline:
-                return events
-            time.sleep(0.1)
-
-    def _stored_events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[dict[str, Any]]:
+        """The board's events as the monitor keeps them, oldest first."""
         url = f"{self.monitor['page'].rstrip('/')}/api/devices/{DEVICE}"
         with urllib.request.urlopen(url, timeout=10) as response:  # our own monitor on loopback
             events: list[dict[str, Any]] = json.load(response)["events"]
         return sorted(events, key=lambda event: (event["time"], event["sequence"]))
 
-    def _push(self, name: str, repository: Path) -> BadUpdate:
-        before = self._serving()
+    def _refusals(self) -> list[dict[str, Any]]:
+        return [event for event in self.events() if event["kind"] == "refused"]
+
+    def _wait_for_refusals(self, count: int) -> list[dict[str, Any]]:
+        """The refusals that reached the monitor, once there are `count`, or after a while."""
+        deadline = time.monotonic() + _EVENTS_S
+        while len(refusals := self._refusals()) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return refusals
+
+    def _push(self, name: str, repository: Path, *, expected: str) -> BadUpdate:
+        before, refusals = self._serving(), len(self._refusals())
+        source = f"dir:{os.path.relpath(repository, self.device.root)}"
         with self._commander() as commander:
-            reply = commander.send(
-                DEVICE, "update", {"source": f"dir:{os.path.relpath(repository, self.device.root)}"}, timeout_s=_REPLY_S
-            )
-        refused = not reply.ok and self._serving() == before
-        return BadUpdate(name=name, refused=refused, reason=reply.error or "accepted")
+            reply = commander.send(DEVICE, "update", {"source": source}, timeout_s=_REPLY_S)
+        reasons = [event["data"].get("reason") for event in self._wait_for_refusals(refusals + 1)[refusals:]]
+        refused = not reply.ok and reasons == [expected] and self._serving() == before
+        return BadUpdate(
+            name=name, refused=refused, reason=", ".join(map(str, reasons)), words=reply.error or "accepted"
+        )
 
     def _serving(self) -> tuple[Any, ...]:
         status = self.device.json("status")
@@ -206,7 +215,7 @@ def run_trial(trial: FieldTrial, agent: "Popen[bytes]", split: ImageSplits, repo
         int8_after=int8_after,
         lessons=lessons,
         bad_updates=bad_updates,
-        events=trial.events(refused=len(bad_updates)),
+        events=trial.events(),
         status=trial.device.json("status"),
         page=trial.monitor["page"],
     )

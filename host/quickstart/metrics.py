@@ -1,11 +1,36 @@
 """The figures of a quickstart, from what device processes answered; shares in 0..1."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from host.data.splits import ImageSplits
 from host.quickstart.field import Answers, FieldRecord
+
+AT_LEAST = {
+    "base_accuracy_float": 0.99,
+    "all_accuracy_after": 0.94,
+    "tflite_argmax_agreement": 1.0,
+    "coreml_argmax_agreement": 0.995,
+    "bad_updates_refused": 1.0,
+}
+AT_MOST = {"int8_drop": 0.01, "old_classes_drop": 0.01}
+OF_TRAINING = ("base_accuracy_float", "all_accuracy_after", "int8_drop", "old_classes_drop")
+"""What a few epochs need not reach."""
+
+
+def missed_bounds(metrics: Mapping[str, Any], *, training_too: bool) -> list[str]:
+    """What a quickstart promises and did not reach, in words.
+
+    Args:
+        metrics: as `quickstart_metrics` and the host's stages give them.
+        training_too: whether the accuracies count as well.
+    """
+    figures = {**metrics, "int8_drop": metrics["base_accuracy_float"] - metrics["base_accuracy_int8"]}
+    low = [f"{name} is {figures[name]:.4f}, below {bound}" for name, bound in AT_LEAST.items() if figures[name] < bound]
+    high = [f"{name} is {figures[name]:.4f}, above {bound}" for name, bound in AT_MOST.items() if figures[name] > bound]
+    return [text for text in (*low, *high) if training_too or not text.startswith(OF_TRAINING)]
 
 
 def quickstart_metrics(record: FieldRecord, split: ImageSplits) -> dict[str, Any]:

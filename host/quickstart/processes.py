@@ -92,7 +92,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.terminate()
         try:
             process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: no more waiting
             process.kill()
             process.wait()
 

@@ -5,10 +5,10 @@ is made on them. Host stages are cached, so an interrupted quickstart goes on wh
 """
 
 import json
-import resource
 import signal
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
@@ -16,11 +16,12 @@ from typing import Any
 
 from device.contract.bundle import read_manifest
 from device.contract.files import write_atomic
-from host.errors import FleetError
+from host.errors import FleetError, QuickstartError
 from host.machine import describe_machine
-from host.pipeline import stage_metrics
+from host.memory import TreeMemory
+from host.pipeline import Report, stage_metrics
 from host.quickstart.field import FieldTrial, fresh_directory, run_trial
-from host.quickstart.metrics import quickstart_metrics
+from host.quickstart.metrics import missed_bounds, quickstart_metrics
 from host.quickstart.processes import DeviceCommand, agent_process, find_device_python, monitor_process
 from host.quickstart.story import summary, write_report
 from host.recipe import Recipe, builtin_recipe
@@ -48,6 +49,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Run the loop; returns what `metrics.json` holds.
 
     Raises:
+        QuickstartError: it ran to its end, but a bad update got in or, not in the short form, a figure missed its bound.
         HostError, DeviceError, ConversionError: a step failed; the message says which and what to do.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):  # else they would end us without ending board and monitor
@@ -55,38 +57,41 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     started = time.monotonic()
     python = find_device_python(config.device_python)
     recipe = quickstart_recipe(seed=config.seed, short=config.short)
-    lines = StageLines()
-    try:
+    with closing(StageLines()) as lines, TreeMemory() as memory:
         directory = run_recipe(recipe, config.runs, until=ORDER[-1], report=lines)
+        bundle = directory / "export" / bundle_name(recipe)
         host_seconds = time.monotonic() - started
-        work = fresh_directory(directory / "field")
-        device = DeviceCommand(python, work / "board")
-        with monitor_process(work, broker=config.broker) as monitor:
-            bundle = directory / "export" / bundle_name(recipe)
-            trial = FieldTrial(work, bundle=bundle, device=device, monitor=monitor, report=lines)
-            trial.flash()
-            with agent_process(device, log=trial.log) as agent:
-                split = load_split(recipe)
-                record = run_trial(trial, agent, split, lines)
-                lines.close()
-                metrics = quickstart_metrics(record, split) | _host_metrics(directory, bundle)
-                metrics |= _memory() | {
-                    "seed": config.seed,
-                    "host_seconds": host_seconds,
-                    "seconds": time.monotonic() - started,
-                }
-                report = write_report(
-                    directory, manifest=read_manifest(bundle), split=split, record=record, metrics=metrics
-                )
-                write_atomic(
-                    directory / "metrics.json", (json.dumps(metrics, indent=1, sort_keys=True) + "\n").encode()
-                )
-                print(summary(metrics, report))
-                if config.keep_running:
-                    _keep_running(record.page, agent)
-    finally:
-        lines.close()
+        with _running_board(directory, bundle, python, config.broker, lines) as (trial, agent):
+            split = load_split(recipe)
+            record = run_trial(trial, agent, split, lines)
+            lines.close()
+            metrics = quickstart_metrics(record, split) | _host_metrics(directory, bundle)
+            metrics |= {"seed": config.seed, "host_seconds": host_seconds, "seconds": time.monotonic() - started}
+            metrics["peak_memory_mb"] = memory.peak_bytes / 1e6
+            write_atomic(directory / "metrics.json", (json.dumps(metrics, indent=1, sort_keys=True) + "\n").encode())
+            report = write_report(
+                directory, manifest=read_manifest(bundle), split=split, record=record, metrics=metrics
+            )
+            print(summary(metrics, report))
+            if config.keep_running:
+                _keep_running(record.page, agent)
+    if missed := missed_bounds(metrics, training_too=not config.short):
+        raise QuickstartError(f"the quickstart ran, but {'; '.join(missed)}; see {report}")
     return metrics
+
+
+@contextmanager
+def _running_board(
+    directory: Path, bundle: Path, python: Path, broker: str, report: Report
+) -> Iterator[tuple[FieldTrial, "Popen[bytes]"]]:
+    """Monitor and agent, running, on a freshly flashed board."""
+    work = fresh_directory(directory / "field")
+    device = DeviceCommand(python, work / "board")
+    with monitor_process(work, broker=broker) as monitor:
+        trial = FieldTrial(work, bundle=bundle, device=device, monitor=monitor, report=report)
+        trial.flash()
+        with agent_process(device, log=trial.log) as agent:
+            yield trial, agent
 
 
 def quickstart_recipe(*, seed: int, short: bool) -> Recipe:
@@ -97,13 +102,6 @@ def quickstart_recipe(*, seed: int, short: bool) -> Recipe:
         train = replace(recipe.train, epochs=SHORT_EPOCHS)
         return replace(recipe, name=f"{name}-short", seed=seed, train=train)
     return replace(recipe, name=name, seed=seed)
-
-
-def _memory() -> dict[str, float]:
-    """Peak resident memory so far: this process, and the largest of the processes it has waited for."""
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    usage = {"host": resource.RUSAGE_SELF, "largest_child": resource.RUSAGE_CHILDREN}
-    return {f"peak_memory_mb_{name}": resource.getrusage(who).ru_maxrss / unit for name, who in usage.items()}
 
 
 def _interrupt(number: int, frame: object) -> None:

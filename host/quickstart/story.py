@@ -40,7 +40,7 @@ def write_report(
             ),
             Section(
                 title="Confusion before and after",
-                text=f"The operator named {LABELS_PER_CLASS} frames each of 8 and 9 by frame id. The board kept features, never images.",
+                text=f"The operator named {LABELS_PER_CLASS} frames each of 8 and 9 by frame id. The learner is given features, never images.",
                 picture=charts.confusion_matrices(
                     split.label_names, confusion(record.int8_before, split), confusion(record.int8_after, split)
                 ),
@@ -75,7 +75,7 @@ def summary(metrics: dict[str, Any], report: Path) -> str:
             f"  TFLite equals PyTorch    {metrics['tflite_argmax_agreement']:7.2%}   float32, answers on test images",
             f"  Core ML equals PyTorch   {metrics['coreml_argmax_agreement']:7.2%}   float16, evaluated from the saved program",
             f"  ten classes, before      {metrics['all_accuracy_before']:7.2%}   8 and 9 are unknown to the board",
-            f"  ten classes, after       {metrics['all_accuracy_after']:7.2%}   {LABELS_PER_CLASS} + {LABELS_PER_CLASS} labels, no image stored",
+            f"  ten classes, after       {metrics['all_accuracy_after']:7.2%}   {LABELS_PER_CLASS} + {LABELS_PER_CLASS} labels; it keeps features, no image",
             f"  old classes lost         {metrics['old_classes_drop']:7.2%}   points of accuracy",
             f"  bad updates refused      {metrics['bad_updates_refused']:7.2%}   wrong key, damaged, broken inside",
             f"  {metrics['seconds']:.0f} s; report: {report}",
@@ -183,11 +183,18 @@ def _samples(split: ImageSplits, before: Answers, after: Answers) -> str:
 
 def _bad_updates(record: FieldRecord) -> Section:
     rows = tuple(
-        (update.name, "refused, old model serves on" if update.refused else "LET IN", update.reason)
+        (
+            update.name,
+            "refused, old model serves on" if update.refused else "NOT AS IT SHOULD BE",
+            update.reason,
+            update.words,
+        )
         for update in record.bad_updates
     )
     text = "Three updates that must not get in were pushed over MQTT while the board was serving."
-    return Section(title="Bad updates", text=text, columns=("update", "outcome", "the board's own words"), rows=rows)
+    return Section(
+        title="Bad updates", text=text, columns=("update", "outcome", "reason", "the board's own words"), rows=rows
+    )
 
 
 def _timeline(record: FieldRecord) -> Section:

@@ -28,7 +28,7 @@ from host.stages.data import base_test_images, describe_data, input_spec, load_m
 from host.stages.documents import ml_bom, model_card
 from host.stages.features import FeaturesOf, tflite_features, torch_features
 from host.stages.head import FittedHead, LinearHead, fit_head
-from host.stages.proof import Reference, prove_coreml, prove_tflite
+from host.stages.proof import INFER_PATH, Reference, prove_coreml, prove_infer, prove_tflite
 from host.stages.quantize import FLOAT, INT8, artifact_path
 from host.stages.train import WEIGHTS
 
@@ -61,7 +61,8 @@ def export(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[str,
     """Prove and pack what `run` holds into `out`; returns the figures that the bundle states.
 
     Raises:
-        ExportError: an artifact does not follow the float model, or is over a board's budget.
+        ParityError: an artifact does not follow the float model.
+        ExportError: an artifact is over a board's budget.
     """
     split, spec = load_split(recipe), input_spec(recipe)
     model = load_model(recipe, run / "train" / WEIGHTS)
@@ -120,10 +121,11 @@ def _add_tflite(draft: _Draft, precision: str) -> None:
     _add_head(draft, precision, head, features_of)
     _add_golden(draft, precision, head.linear, features_of)
     if precision == INT8:
-        infer_path = draft.out / "model.infer.tflite"
-        draft.files[infer_path.name] = bake_head(
+        infer_path = draft.out / INFER_PATH
+        draft.files[INFER_PATH] = bake_head(
             path, head.linear.weight, head.linear.bias, infer_path, labels=draft.split.base_names
         )
+        prove_infer(infer_path, draft.reference).require("infer")
 
 
 def _add_head(draft: _Draft, precision: str, head: FittedHead, features_of: FeaturesOf) -> None:
@@ -222,7 +224,17 @@ def _learning_spec(draft: _Draft) -> LearningSpec:
 
 
 def _commit() -> str:
-    """The commit of the code that built this, or "unknown" outside a checkout."""
+    """The commit of the code that built this, marked where files differ from it; "unknown" outside our own checkout."""
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    if _git(root, "rev-parse", "--show-toplevel") != str(root):
+        return "unknown"
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return _git(root, "rev-parse", "HEAD") + (" with changes" if changes else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

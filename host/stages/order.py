@@ -2,21 +2,34 @@
 
 from pathlib import Path
 
+from device.contract.board import load_board
 from device.contract.records import to_table
+from host.errors import RecipeError
 from host.pipeline import Report, Stage, run_stage
 from host.recipe import Recipe
+from host.stages.data import load_split
 
 ORDER = ("train", "quantize", "export")
 
 
 def run_recipe(recipe: Recipe, runs: Path, *, until: str, report: Report) -> Path:
     """Run the stages up to and including `until`, cached ones from disk; returns `runs/NAME`."""
+    _require_room(recipe)
     directory = runs / recipe.name
     upstream = ""
     for name in ORDER[: ORDER.index(until) + 1]:
         upstream = run_stage(_stage(name, recipe, directory, report), directory, upstream=upstream)
         report(name, 1, 1, "done")
     return directory
+
+
+def _require_room(recipe: Recipe) -> None:
+    """Find out before training, not after, that the head could not hold the classes."""
+    classes = len(load_split(recipe).label_names)
+    if recipe.continual.max_classes < classes:
+        raise RecipeError(
+            f"continual.max_classes is {recipe.continual.max_classes}, the data has {classes} classes; raise it to that or more"
+        )
 
 
 def _stage(name: str, recipe: Recipe, directory: Path, report: Report) -> Stage:
@@ -27,7 +40,7 @@ def _stage(name: str, recipe: Recipe, directory: Path, report: Report) -> Stage:
     elif name == "quantize":
         inputs = {**common, "quantize": table["quantize"], "continual": table["continual"]}
     else:
-        inputs = table
+        inputs = {**table, "board_profiles": [to_table(load_board(board)) for board in recipe.export.boards]}
     return Stage(name=name, inputs=inputs, work=lambda out: _work(name, recipe, directory, out, report))
 
 

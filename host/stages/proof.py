@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from converters.errors import ParityError
+from converters.gates import classifier_logits
 from converters.parity import compare
 from host.stages.features import coreml_logits, tflite_features
 from host.stages.head import LinearHead
 
-MIN_AGREEMENT = {"float32": 1.0, "coreml": 0.995}  # int8 is held to its accuracy instead
+MIN_AGREEMENT = {"float32": 1.0, "coreml": 0.995, "int8": 0.9, "infer": 0.9}
+"""Least share of the same answers as the float model. int8 is held to its accuracy as well; below 0.9 it has collapsed."""
+
+INFER_PATH = "model.infer.tflite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,7 @@ class Proof:
 
     def problems(self, artifact: str) -> tuple[str, ...]:
         """What is out of bounds, in words."""
-        bound = MIN_AGREEMENT.get(artifact, 0.0)
+        bound = MIN_AGREEMENT[artifact]
         return (
             ()
             if self.argmax_agreement >= bound
@@ -56,6 +60,12 @@ def prove_tflite(path: Path, head: LinearHead, reference: Reference) -> Proof:
     """Run a TFLite artifact over the reference's images in LiteRT and compare."""
     features = tflite_features(path, reference.images)
     return _proof(reference, logits=head.logits(features), own=features, expected=reference.features)
+
+
+def prove_infer(path: Path, reference: Reference) -> Proof:
+    """Run the image-to-logits file for other tools over the reference's images in LiteRT and compare."""
+    logits = classifier_logits(path, reference.images)
+    return _proof(reference, logits=logits, own=logits, expected=reference.logits)
 
 
 def prove_coreml(path: Path, reference: Reference) -> Proof:

@@ -1,6 +1,7 @@
 """The command line: every verb has help with an example and a line in the README, and says in one line what is wrong."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def test_without_arguments_help_is_shown(capsys):
     [
         (("rnu",), "No such command 'rnu'"),
         (("run", "nowhere.toml"), "nowhere.toml: cannot be read"),
+        (("run", "latin.toml"), "latin.toml: cannot be read (it is not UTF-8)"),
+        (("quickstart", "--seed", "-1"), "Invalid value for '--seed'"),
         (("train",), "Missing argument"),
         (("verify", "no.fieldvit"), "no.fieldvit: no such bundle"),
         (("bench", "no.fieldvit"), "no.fieldvit: no such bundle"),
@@ -56,7 +59,23 @@ def test_without_arguments_help_is_shown(capsys):
 )
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "gr\xfcn"')
     assert message in one_line_error(capsys, *arguments)
+
+
+def test_a_taken_port_is_named(capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        store = ("--store", tmp_path / "m.sqlite")
+        for ports in (("--broker-port", port, "--port", 0), ("--broker-port", 0, "--port", port)):
+            assert f"127.0.0.1:{port} cannot be used" in one_line_error(capsys, "monitor", *store, *ports)
+
+
+def test_publish_refuses_a_bad_channel_before_it_makes_anything(capsys, tmp_path):
+    bundle = write_plain_bundle(tmp_path / "plain-0.1.0.fieldvit")
+    places = ("--repo", tmp_path / "updates", "--keys", tmp_path / "keys")
+    assert "channel 'a/b'" in one_line_error(capsys, "publish", bundle, "--channel", "a/b", *places)
+    assert not (tmp_path / "keys").exists()
 
 
 def test_damaged_bundle_is_refused(capsys, tmp_path):

@@ -1,17 +1,20 @@
 """Flashing a directory: what the board will read is there, and a wrong board, bundle or repository is refused."""
 
 import tomllib
+from dataclasses import replace
 
 import pytest
 
 from device.contract.errors import ArtifactError, BoardMismatchError, ConfigError
 from device.contract.topics import DeviceId
 from host.errors import FleetError
-from host.fleet.flash import BoardSettings, flash_directory
+from host.fleet.flash import BoardSettings, BrokerSettings, flash_directory
 from host.fleet.repository import UpdateRepository
 from tests.support.bundles import make_manifest, write_plain_bundle
 
-SETTINGS = BoardSettings(id=DeviceId("home", "cam-1"), board="generic-x86-64", broker=("127.0.0.1", 1883))
+SETTINGS = BoardSettings(
+    id=DeviceId("home", "cam-1"), board="generic-x86-64", broker=BrokerSettings(hostname="127.0.0.1", username="cam")
+)
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def test_board_gets_root_configuration_and_updates(published, tmp_path):
     bundle, repository = published
     flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
     config = tomllib.loads((tmp_path / "board" / "agent.toml").read_text())
-    assert (config["device"], config["broker"]) == ("cam-1", {"hostname": "127.0.0.1", "port": 1883})
+    assert (config["device"], config["broker"]) == ("cam-1", {"hostname": "127.0.0.1", "port": 1883, "username": "cam"})
     assert (tmp_path / "board" / "root.json").read_bytes() == (repository / "metadata" / "1.root.json").read_bytes()
     assert (tmp_path / "board" / "updates" / "metadata" / "timestamp.json").exists()
 
@@ -34,9 +37,39 @@ def test_board_gets_root_configuration_and_updates(published, tmp_path):
 def test_second_flash_keeps_the_configuration(published, tmp_path):
     bundle, repository = published
     flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
-    (tmp_path / "board" / "agent.toml").write_text("edited = true\n")
+    edited = (tmp_path / "board" / "agent.toml").read_text() + "\n[runtime]\nthreads = 2\n"
+    (tmp_path / "board" / "agent.toml").write_text(edited)
     flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
-    assert (tmp_path / "board" / "agent.toml").read_text() == "edited = true\n"
+    assert (tmp_path / "board" / "agent.toml").read_text() == edited
+
+
+@pytest.mark.parametrize("other", [{"id": DeviceId("home", "cam-2")}, {"channel": "canary"}])
+def test_another_boards_directory_is_refused(published, tmp_path, other):
+    bundle, repository = published
+    UpdateRepository.open_or_create(repository, tmp_path / "keys").publish(bundle, "canary")
+    flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
+    before = sorted(tmp_path.glob("board/**/*"))
+    with pytest.raises(FleetError, match=r"agent\.toml: says"):
+        flash_directory(bundle, tmp_path / "board", repository=repository, settings=replace(SETTINGS, **other))
+    assert sorted(tmp_path.glob("board/**/*")) == before
+
+
+def test_only_the_channels_files_are_copied(published, tmp_path):
+    bundle, repository = published
+    newer = write_plain_bundle(tmp_path / "plain-0.2.0.fieldvit", make_manifest(version="0.2.0", release=2))
+    UpdateRepository.open_or_create(repository, tmp_path / "keys").publish(newer, "stable")
+    flash_directory(newer, tmp_path / "board", repository=repository, settings=SETTINGS)
+    bundles = [path.name for path in (tmp_path / "board" / "updates").rglob("*.fieldvit")]
+    assert len(bundles) == 1
+    assert bundles[0].endswith("plain-0.2.0.fieldvit")
+    with pytest.raises(FleetError, match=r"offers plain-0\.2\.0\.fieldvit"):
+        flash_directory(bundle, tmp_path / "other", repository=repository, settings=SETTINGS)
+
+
+def test_a_channel_that_does_not_exist_is_named(published, tmp_path):
+    bundle, repository = published
+    with pytest.raises(FleetError, match=r"channel beta in .* does not exist"):
+        flash_directory(bundle, tmp_path / "b", repository=repository, settings=replace(SETTINGS, channel="beta"))
 
 
 def test_other_repository_is_refused(published, tmp_path):
@@ -51,7 +84,7 @@ def test_other_repository_is_refused(published, tmp_path):
 def test_unpublished_bundle_is_refused(published, tmp_path):
     _, repository = published
     other = write_plain_bundle(tmp_path / "x.fieldvit", make_manifest(version="0.3.0", release=3))
-    with pytest.raises(FleetError, match="is not in the repository"):
+    with pytest.raises(FleetError, match=r"not this plain-0\.3\.0"):
         flash_directory(other, tmp_path / "board", repository=repository, settings=SETTINGS)
 
 

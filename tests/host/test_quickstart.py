@@ -88,10 +88,11 @@ def test_bundle_verifies_against_pytorch_and_without_the_run(short_run, bundle, 
     report = verify_bundle(bundle, short_run[0].parent)
     report.require_passed()
     assert "PyTorch" in report.reference
-    assert {check.artifact for check in report.checks} == {"int8", "float32", "coreml"}
+    assert {check.artifact for check in report.checks} == {"int8", "float32", "infer", "coreml"}
     alone = verify_bundle(bundle, tmp_path)
     alone.require_passed()
-    assert "its own float32 file" in alone.reference
+    assert "own float32 file" in alone.reference
+    assert [check.artifact for check in alone.checks if check.is_reference] == ["float32"]
 
 
 def test_bench_measures_every_artifact(bundle):

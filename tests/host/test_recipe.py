@@ -28,6 +28,8 @@ def test_digest_depends_on_every_value():
     [
         ("sed = 1", "unknown key 'sed'"),
         ("seed = 'x'", "expected int, got 'x'"),
+        ("seed = -1", "seed must be 0 or more"),
+        ("export = { boards = [] }", "at least one board"),
         ("task = 'paint'", "task 'paint' is unknown"),
         ("version = '1'", "version must be like 1.2.3"),
         ("export = { boards = ['toaster'] }", "board 'toaster' is unknown"),
