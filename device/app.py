@@ -19,11 +19,12 @@ from device.contract.errors import ConfigError, EngineError, FrameError
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
 from device.frames import DirectorySource, Frame
+from device.learned import remove_stale
 from device.modules import forbidden_modules
 from device.mqtt import Connection
 from device.reporter import Reporter
 from device.serving import Model, Serving
-from device.slots import Slots
+from device.slots import NAMES, Slots
 from device.spool import Spool
 from device.updater import Updater
 from device.verbs import Verbs, status_table
@@ -32,6 +33,8 @@ FLUSH_S = 2.0
 DRIFT_ALARM = 1.0
 """Mean shift of the features, in standard deviations, that is reported as an event; not calibrated per model."""
 MAX_FAILED_STEPS = 10
+RELOAD_S = 30.0
+"""How often a model that could not be loaded, though its files are whole, is tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -57,34 +60,38 @@ class Agent:
             config.update.source,
             slots=self._slots,
             serving=self._serving,
-            updater=Updater(root, config, board, self._slots),
+            updater=Updater(root, config, board, self._slots, stop=stop),
             reporter=self._reporter,
             announce=self._announce,
         )
-        self._commands = Commands(self._spool, self._verbs.handlers(self.status))
+        self._commands = Commands(self._spool, self._verbs.handlers(self.status), was_done=self._verbs.was_done)
         self._connection = self._make_connection()
         self._status_lock = threading.Lock()
         self._reported_model: Model | None = None
         self._reported_entry = -1
         self._reported_source_errors = 0
         self._frames = self._errors = self._window_errors = 0
-        self._is_drifting = False
+        self._is_drifting = self._is_hot = False
+        self._max_celsius = board.budget.soc_temp_celsius
         now = time.monotonic()
         self._next_frame, self._next_telemetry = now, now + runtime.telemetry_interval_s
         self._next_check = now + config.update.check_interval_s
+        self._next_load = now + RELOAD_S
 
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
         for line in self._slots.recover(is_start=True):
             log.warning("recovered: %s", line)
+        proven = self._slots.last_number
         self._serving.start()
         self._commands.start()
         if self._connection:
             self._connection.start()
-        if self._serving.model is None:
-            self._commands.updates.submit(self._verbs.check_for_update)
+        if self._serving.model is None or self._slots.last_number != proven:  # a slot was damaged: get it again
+            self._check_for_update()
         code = self._loop()
         self._report_window(self._serving.model)
+        self._verbs.wait(FLUSH_S)
         if self._connection:
             self._connection.stop(FLUSH_S)
         self._spool.close()
@@ -98,6 +105,7 @@ class Agent:
             "errors": self._errors + self._source.errors,
             "spool_depth": self._spool.depth,
             "spool_dropped": self._spool.dropped,
+            "results_dropped": self._connection.results_dropped if self._connection else 0,
             "connected": self._connection is not None and self._connection.is_connected,
         }
 
@@ -142,16 +150,17 @@ class Agent:
         try:
             features, answer = model.infer(frame.pixels)
         except FrameError as error:
-            self._count_error("frame", f"{frame.frame_id}: {one_line(error)}")
+            detail = f"{frame.frame_id}: {one_line(error)}"
+            self._count_error("frame", detail)
+            self._serving.count_bad_frame(model, detail)
             return
         except EngineError as error:
             self._count_error("engine", one_line(error))
-            if self._serving.is_testing:
-                self._serving.revert("engine", one_line(error))
+            self._serving.revert(model, "engine", one_line(error))
             return
         latency_s = time.perf_counter() - started
         self._frames += 1
-        self._serving.count_good_frame()
+        self._serving.count_good_frame(model)
         model.ring.add(frame.frame_id, features)
         model.window.add(latency_s=latency_s, class_index=answer.index, confidence=answer.confidence, features=features)
         if self._config.results and self._connection:
@@ -173,8 +182,7 @@ class Agent:
 
     def _tick(self) -> None:
         """Do what is due between two frames."""
-        if self._serving.is_testing and self._serving.is_soaked():
-            self._serving.confirm()
+        self._serving.end_probation()
         if self._serving.model is not self._reported_model:
             self._report_new_model()
         if self._slots.last_number != self._reported_entry:
@@ -186,9 +194,15 @@ class Agent:
             self._report_window(self._serving.model)
         if self._config.update.check_interval_s and now >= self._next_check:
             self._next_check = now + self._config.update.check_interval_s
-            self._commands.updates.submit(self._verbs.check_for_update)
+            self._check_for_update()
+        if self._serving.model is None and now >= self._next_load:
+            self._next_load = now + RELOAD_S
+            self._serving.start()
         if dead := self._dead_threads():
             raise RuntimeError(f"thread {', '.join(dead)} ended")
+
+    def _check_for_update(self) -> None:
+        self._verbs.request_check(self._commands.updates.submit)
 
     def _dead_threads(self) -> list[str]:
         threads = [*self._commands.threads, *([self._connection.thread] if self._connection else [])]
@@ -198,6 +212,9 @@ class Agent:
         if self._reported_model:
             self._report_window(self._reported_model)
         model = self._reported_model = self._serving.model
+        remove_stale(self._root / "state", [self._slots.directory(slot) for slot in NAMES])
+        if model is None:
+            self._check_for_update()
         for problem in model.classifier.problems if model else []:
             log.error("%s", problem)
             self._reporter.event("unlearned", reason="state", detail=problem)
@@ -207,13 +224,19 @@ class Agent:
         """Send the telemetry of a model's window, and a drift event when the measure passes its limit."""
         drift = model.window.drift() if model else None
         errors = self._window_errors + self._source.errors - self._reported_source_errors
-        self._reporter.telemetry(model, errors=errors)
+        self._report_heat(self._reporter.telemetry(model, errors=errors).get("temperature", 0.0))
         self._window_errors, self._reported_source_errors = 0, self._source.errors
         if drift is not None:
             if drift > DRIFT_ALARM and not self._is_drifting:
                 self._reporter.event("drift", drift=drift, limit=DRIFT_ALARM)
             self._is_drifting = drift > DRIFT_ALARM
         self._write_status()
+
+    def _report_heat(self, celsius: float) -> None:
+        if celsius > self._max_celsius and not self._is_hot:
+            detail = f"the processor has {celsius:.0f} °C, its limit is {self._max_celsius:.0f} °C; cool it, or lower max_fps"
+            self._reporter.event("error", reason="temperature", detail=detail)
+        self._is_hot = celsius > self._max_celsius
 
     def _announce(self) -> None:
         if self._connection:
@@ -222,7 +245,10 @@ class Agent:
 
     def _write_status(self) -> None:
         with self._status_lock:
-            write_atomic(self._root / "agent.json", json.dumps(self.status()).encode())
+            try:
+                write_atomic(self._root / "agent.json", json.dumps(self.status()).encode())
+            except OSError as error:  # a full disk must not stop inference
+                log.warning("agent.json cannot be written: %s", error)
 
     def _make_connection(self) -> Connection | None:
         if self._config.broker is None:

@@ -4,14 +4,14 @@
 guard (`guard_features`, `guard_labels`), and the mean and deviation of the features over the training images
 (`feature_mean`, `feature_std`) for the drift measure.
 
-Learning is a transaction: update a copy, let the guard compare it with the served head, commit to disk, then replace the
-served head in one assignment. The frame loop reads that one reference and never waits.
+Learning is a transaction: update a copy, let the guard compare it with the bundle's head and with what is kept of earlier
+lessons, commit to disk, then replace the served head in one assignment. The frame loop reads that one reference and never waits.
 """
 
 import copy
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ import numpy as np
 from device.contract.errors import ArtifactError, LearningError
 from device.contract.manifest import Artifact, Manifest
 from device.golden import arrays_under, read_arrays
-from device.learned import LearnedState, LearnedStore
+from device.learned import LESSONS_REMEMBERED, LearnedState, LearnedStore
 from device.learning import guard
+from device.learning.guard import Examples
 from device.learning.slda import SLDA
 
 HEAD_NAME = "head.npz"
@@ -50,6 +51,8 @@ class Head:
     version: int
     weight: np.ndarray  # [D, K]
     bias: np.ndarray  # [K]
+    kept: Examples
+    lessons: tuple[str, ...] = ()
 
     def linear(self) -> tuple[np.ndarray, np.ndarray]:
         return self.weight, self.bias
@@ -73,7 +76,9 @@ class Classifier:
         self._spec = manifest.learning
         self._store = store
         self._learning = threading.Lock()
-        self.head = self._restored() or _make_head(base.learner, base.labels, version=0)
+        nothing = Examples.none(self._spec.feature_dim)
+        self._base_head = _make_head(base.learner, base.labels, version=0, kept=nothing)
+        self.head = self._restored() or self._base_head
 
     @property
     def problems(self) -> list[str]:
@@ -89,17 +94,29 @@ class Classifier:
         index = int(scores.argmax())
         return Answer(index=index, label=head.labels[index], confidence=float(scores[index]), scores=scores)
 
-    def learn(self, features: np.ndarray, label: str) -> Head:
+    def learn(
+        self, features: np.ndarray, label: str, *, lesson: str = "", is_served: Callable[[], bool] = lambda: True
+    ) -> Head:
         """Learn examples [n, D] of one class, known or new, and commit.
 
+        Args:
+            features: of the examples.
+            label: of all of them.
+            lesson: the command's id; one that was learned already changes nothing.
+            is_served: whether this model is still the one that answers, asked before the commit.
+
         Raises:
-            LearningError: unusable label or features, or no room for another class.
-            GuardError: the old classes would suffer; nothing changed.
+            LearningError: unusable label or features, no room for another class, a full disk, or the model was replaced.
+            GuardError: other classes would suffer; nothing changed.
         """
         _require_label(label)
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused
+            features = features.astype(np.float32)
         _require_features(features, self._spec.feature_dim)
         with self._learning:
             old = self.head
+            if lesson and lesson in old.lessons:
+                return old
             learner, labels = copy.deepcopy(old.learner), old.labels
             if label not in labels:
                 if len(labels) >= self._spec.max_classes:
@@ -110,8 +127,10 @@ class Classifier:
                 labels = (*labels, label)
             targets = np.full(len(features), labels.index(label))
             learner.update(features, targets)
-            new = _make_head(learner, labels, version=old.version + 1)
+            lessons = (*old.lessons, lesson)[-LESSONS_REMEMBERED:] if lesson else old.lessons
+            new = _make_head(learner, labels, version=old.version + 1, kept=old.kept, lessons=lessons)
             guard.check(
+                self._base_head,
                 old,
                 new,
                 guard_features=self.base.guard_features,
@@ -120,9 +139,20 @@ class Classifier:
                 new_labels=targets,
                 max_drop=self._spec.max_drop,
             )
-            self._store.save(LearnedState(labels=labels, version=new.version, arrays=learner.state()))
+            is_shipped = label in self.base.labels
+            kept = guard.check_taught(learner, old.kept, Examples(features, targets)[: 0 if is_shipped else None])
+            new = replace(new, kept=kept)
+            if not is_served():
+                raise LearningError("the model was replaced while it learned; nothing was learned, name newer frames")
+            arrays = learner.state()
+            state = LearnedState(labels=labels, version=new.version, arrays=arrays, kept=kept, lessons=lessons)
+            self._store.save(state)
             self.head = new
             return new
+
+    def has_learned(self, lesson: str) -> bool:
+        """Whether the command of this id is among the last lessons."""
+        return lesson in self.head.lessons
 
     def _restored(self) -> Head | None:
         state = self._store.load()
@@ -133,7 +163,9 @@ class Classifier:
                 raise LearningError("its labels are not this bundle's")
             learner = copy.deepcopy(self.base.learner)
             learner.restore(state.arrays)
-            return _make_head(learner, state.labels, version=state.version)
+            kept = state.kept or Examples.none(self._spec.feature_dim)
+            _require_kept(kept, learner, first=len(self.base.labels))
+            return _make_head(learner, state.labels, version=state.version, kept=kept, lessons=state.lessons)
         except (ValueError, KeyError) as error:
             self._store.problems.append(f"learned state not used: {self._store.path}: {error}")
             return None
@@ -156,11 +188,34 @@ def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHe
     return BaseHead(learner=learner, labels=manifest.labels, **beside)
 
 
-def _make_head(learner: SLDA, labels: Sequence[str], *, version: int) -> Head:
+def _make_head(
+    learner: SLDA, labels: Sequence[str], *, version: int, kept: Examples, lessons: tuple[str, ...] = ()
+) -> Head:
     weight, bias = learner.linear()
     if weight.shape[1] != len(labels) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise LearningError(f"the head has {weight.shape[1]} classes for {len(labels)} labels, or is not finite")
-    return Head(learner=learner, labels=tuple(labels), version=version, weight=weight, bias=bias)
+    return Head(
+        learner=learner,
+        labels=tuple(labels),
+        version=version,
+        weight=weight,
+        bias=bias,
+        kept=kept,
+        lessons=lessons,
+    )
+
+
+def _require_kept(kept: Examples, learner: SLDA, *, first: int) -> None:
+    """The examples of a restored state are of classes taught in the field, and among what the learner has seen."""
+    is_list = kept.labels.ndim == 1 and np.issubdtype(kept.labels.dtype, np.integer)
+    if not is_list or kept.features.shape != (len(kept.labels), learner.feature_dim):
+        raise LearningError(f"kept examples have shapes {kept.features.shape} and {kept.labels.shape}")
+    if len(kept) and not first <= kept.labels.min() <= kept.labels.max() < learner.num_classes:
+        raise LearningError("kept examples are of classes that were not taught here")
+    if (np.bincount(kept.labels, minlength=learner.num_classes) > learner.counts).any():
+        raise LearningError("more examples are kept than were learned")
+    if not np.isfinite(kept.features).all():
+        raise LearningError("kept examples must be finite numbers")
 
 
 def _require_label(label: str) -> None:

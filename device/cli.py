@@ -1,13 +1,14 @@
 """The command line on a board: `fieldvit-device VERB --root DIR`. Results on standard output, log on standard error."""
 
 import argparse
+import contextlib
 import json
 import logging
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from device.contract.errors import DeviceError
 
 DEFAULT_ROOT = Path("/var/lib/fieldvit")
 NOT_WELL = 1
+INTERRUPTED = 128 + signal.SIGINT
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -32,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except DeviceError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         sys.stderr.close()
         return NOT_WELL
@@ -53,7 +58,7 @@ def _update(arguments: argparse.Namespace) -> int:
     from device.serving import Serving
     from device.slots import Slots
     from device.updater import Updater
-    from device.verbs import install, serving_table
+    from device.verbs import serving_table
 
     root, config, board = _setup(arguments)
     source = (
@@ -65,8 +70,13 @@ def _update(arguments: argparse.Namespace) -> int:
         slots = Slots(root)
         _recover(slots)
         serving = Serving(slots, resolve_runtime(board, config.runtime))
-        staged = install(Updater(root, config, board, slots), serving, source, force=arguments.force)
-        serving.confirm()
+        serving.start()  # a damaged slot is found here, and filled again
+        with _recovering_from_interrupt(slots):
+            staged = Updater(root, config, board, slots).stage(source, force=arguments.force)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here it is quick, and must not end halfway
+        if staged:
+            serving.activate(staged.slot, staged.test.precision)
+            serving.confirm()
         table = serving_table(slots)
     if staged and slots.state(staged.slot).state != "confirmed":
         raise DeviceError(
@@ -83,25 +93,21 @@ def _update(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     from device.contract.records import to_table
-    from device.lock import is_locked
-    from device.modules import forbidden_modules, third_party_modules
+    from device.lock import lock_owner
     from device.slots import NAMES, Slots
     from device.verbs import serving_table
 
     root = _root(arguments)
-    slots, is_running = Slots(root), is_locked(root)
-    table: dict[str, Any] = {
-        "running": is_running,
-        "modules_ok": not forbidden_modules(),
-        "modules": third_party_modules(),
-    }
-    table |= _agent_json(root, is_running=is_running) | serving_table(
-        slots
-    )  # a running agent answers for its own modules
+    slots, owner = Slots(root), lock_owner(root)
+    agent_pid = owner.pid if owner and owner.purpose == "run" else None
+    answer = _agent_json(root, agent_pid)
+    # only a running agent can answer for the modules that it has loaded
+    table: dict[str, Any] = {"running": agent_pid is not None, "pid": agent_pid, "modules_ok": None, "modules": None}
+    table |= answer | serving_table(slots)
     table["slots"] = {slot: to_table(slots.state(slot)) for slot in NAMES}
-    lines = [f"agent: {'running, process ' + str(table.get('pid')) if is_running else 'not running'}"]
+    lines = [f"agent: {'not running' if agent_pid is None else f'running, process {agent_pid}'}"]
     lines += [_slot_line(entry, is_served=entry["slot"] == table.get("slot")) for entry in table["slots"].values()]
-    if is_running:
+    if answer:
         lines.append(f"labels: {', '.join(table.get('labels', []))}; learned version {table.get('learned_version')}")
         lines.append(
             f"frames: {table.get('frames')}, errors {table.get('errors')}, messages waiting {table.get('spool_depth')}"
@@ -272,12 +278,22 @@ def _recover(slots: Any) -> None:
         logging.getLogger(__name__).warning("recovered: %s", line)
 
 
-def _agent_json(root: Path, *, is_running: bool) -> dict[str, Any]:
+@contextlib.contextmanager
+def _recovering_from_interrupt(slots: Any) -> Iterator[None]:
     try:
-        table = json.loads((root / "agent.json").read_bytes()) if is_running else {}
+        yield
+    except KeyboardInterrupt:
+        _recover(slots)
+        raise
+
+
+def _agent_json(root: Path, agent_pid: int | None) -> dict[str, Any]:
+    """What the running agent wrote about itself; what an agent before it wrote does not count."""
+    try:
+        table = json.loads((root / "agent.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return table if isinstance(table, dict) else {}
+    return table if isinstance(table, dict) and agent_pid is not None and table.get("pid") == agent_pid else {}
 
 
 def _show(arguments: argparse.Namespace, table: dict[str, Any], lines: list[str]) -> None:

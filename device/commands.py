@@ -25,8 +25,9 @@ MAX_ID_CHARACTERS = 128
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[Any], dict[str, Any]]
-"""Obeys one verb, given its arguments record; what it returns is the reply's result. Raises DeviceError."""
+Handler = Callable[[Any, str], dict[str, Any]]
+"""Obeys one verb, given its arguments record and the command's id; what it returns is the reply's result. Raises
+DeviceError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,19 +70,31 @@ class Commands:
     Args:
         spool: remembers commands and holds the replies.
         handlers: one for each verb of `ARGUMENTS`.
+        was_done: the result of a command, by its id, that is known to be done though it has no reply yet.
         clock: wall-clock seconds, to compare with a command's expiry.
     """
 
-    def __init__(self, spool: Spool, handlers: dict[str, Handler], *, clock: Callable[[], float] = time.time) -> None:
-        self._spool, self._handlers, self._clock = spool, handlers, clock
+    def __init__(
+        self,
+        spool: Spool,
+        handlers: dict[str, Handler],
+        *,
+        was_done: Callable[[str], dict[str, Any] | None] = lambda _: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._spool, self._handlers, self._was_done, self._clock = spool, handlers, was_done, clock
         self.updates = Worker("updates")
         self._quick = Worker("commands")
 
     def start(self) -> None:
         """Answer what a crash interrupted, then start the workers."""
         for command_id in self._spool.unanswered_commands():
+            result = self._was_done(command_id)
+            unknown = "the agent stopped while this waited or ran; it may have been done, ask for the status first"
             self._answer(
-                Reply(id=command_id, ok=False, error="the agent stopped before it had done this; send it again")
+                Reply(id=command_id, ok=False, error=unknown)
+                if result is None
+                else Reply(id=command_id, ok=True, result=result)
             )
         self.updates.start()
         self._quick.start()
@@ -125,7 +138,7 @@ class Commands:
         reply = Reply(id=command.id, ok=False, error="internal error; see the agent's log")
         try:
             self._require_fresh(command)  # it may have waited
-            reply = Reply(id=command.id, ok=True, result=self._handlers[command.verb](arguments))
+            reply = Reply(id=command.id, ok=True, result=self._handlers[command.verb](arguments, command.id))
         except DeviceError as error:
             log.warning("%s refused: %s", command.verb, error)
             reply = Reply(id=command.id, ok=False, error=one_line(error))
@@ -154,7 +167,7 @@ class Commands:
 
 
 class Worker(threading.Thread):
-    """Runs jobs one after the other. An unexpected exception ends the thread; the agent notices and exits."""
+    """Runs jobs one after the other. An unexpected exception is logged: inference and the next job go on."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
@@ -170,7 +183,10 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._jobs.get()()
+            try:
+                self._jobs.get()()
+            except Exception:  # this thread's outer loop: for example a disk that is full
+                log.exception("unexpected error in a command; going on")
 
 
 def one_line(error: Exception) -> str:

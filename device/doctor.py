@@ -10,7 +10,7 @@ from pathlib import Path
 from device.config import AgentConfig, load_config, resolve_runtime
 from device.contract.board import Board, load_board
 from device.contract.errors import DeviceError
-from device.lock import is_locked
+from device.lock import lock_owner
 from device.mqtt import probe
 from device.selftest import run_in_child
 from device.slots import Slots
@@ -100,7 +100,10 @@ def _trusted_root(root: Path) -> Finding:
 
 
 def _lock(root: Path) -> Finding:
-    text = "an agent is running" if is_locked(root) else "no agent is running ('fieldvit-device run' starts it)"
+    owner = lock_owner(root)
+    text = "no agent is running ('fieldvit-device run' starts it)"
+    if owner:
+        text = "an agent is running" if owner.purpose == "run" else f"'fieldvit-device {owner.purpose}' is at work here"
     return Finding(check="agent", ok=True, text=text)
 
 

@@ -1,5 +1,6 @@
 """An append-only file of JSON lines, synced line by line; a torn last line is what a power cut leaves, and is dropped."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -45,14 +46,22 @@ class Journal:
         self.entries, self._intact_bytes, self.damaged_lines = _read(path)
 
     def append(self, entry: Entry) -> None:
-        """Write one line; when this returns it survives a power cut, and until then it counts as not written."""
+        """Write one line; when this returns it survives a power cut, and until then it counts as not written.
+
+        Raises:
+            OSError: the disk is full or fails; the journal is as it was.
+        """
         line = json.dumps(to_table(entry), ensure_ascii=False).encode() + b"\n"
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.ftruncate(descriptor, self._intact_bytes)  # a torn line would swallow this one
-            os.pwrite(descriptor, line, self._intact_bytes)
-            os.fsync(descriptor)
+            try:
+                _write_all(descriptor, line, self._intact_bytes)
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, self._intact_bytes)
+                raise
         finally:
             os.close(descriptor)
         if is_new:
@@ -68,6 +77,15 @@ class Journal:
         kept = [chosen[number] for number in sorted(chosen)]
         write_atomic(self.path, b"".join(json.dumps(to_table(entry)).encode() + b"\n" for entry in kept))
         self.entries, self._intact_bytes, self.damaged_lines = _read(self.path)
+
+
+def _write_all(descriptor: int, content: bytes, offset: int) -> None:
+    """One `pwrite` may write less than it was given, for example when the disk is nearly full."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        if not written:
+            raise OSError(errno.EIO, "nothing was written")
+        content, offset = content[written:], offset + written
 
 
 def _read(path: Path) -> tuple[list[Entry], int, int]:

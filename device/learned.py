@@ -2,28 +2,41 @@
 
 The file is named by the backbone whose features it was learned on, and holds the hash of the head it started from: after
 another backbone, or another head from the host, it is not loaded. A damaged file is never repaired: the version before is
-used, or the bundle's own head.
+used, or the bundle's own head; and it never takes the place of a version before that is sound.
+
+Kept are the learner's statistics, up to `guard.KEPT_PER_CLASS` feature vectors of each class taught here (not images), by
+which the guard knows the class again, and the ids of the last lessons, so that a command that comes twice is learned once.
 """
 
 import io
+import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from device.contract.errors import ArtifactError
+from device.contract.bundle import read_manifest
+from device.contract.errors import ArtifactError, LearningError
 from device.contract.files import sync_directory, write_atomic
 from device.golden import arrays_under, read_arrays
+from device.learning.guard import Examples
+
+LESSONS_REMEMBERED = 100
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedState:
-    """One committed version: all labels, the shipped ones first, and the learner's arrays."""
+    """One committed version: all labels, the shipped ones first, the learner's arrays, and the guard's examples."""
 
     labels: tuple[str, ...]
     version: int
     arrays: dict[str, np.ndarray]
+    kept: Examples | None = None
+    lessons: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,37 +63,91 @@ class LearnedStore:
             if not path.exists():
                 continue
             try:
-                return self._read(path)
+                state, base_head = _read(path)
             except ArtifactError as error:
                 self.problems.append(f"learned state not used: {error}")
+                continue
+            if base_head == self.base_head:
+                return state
+            self.problems.append(
+                f"learned state not used: {path}: was learned on another head than this bundle's; the bundle's head is used"
+            )
         return None
 
     def save(self, state: LearnedState) -> None:
-        """Commit a version; a power cut leaves this one or the one before."""
+        """Commit a version; a power cut leaves this one or the one before.
+
+        Raises:
+            LearningError: the disk does not take it.
+        """
+        try:
+            self._write(self._encode(state))
+        except OSError as error:
+            raise LearningError(
+                f"{self.path}: cannot be written ({error}); nothing was learned, make room on the disk"
+            ) from error
+
+    def _encode(self, state: LearnedState) -> bytes:
         buffer = io.BytesIO()
         arrays = {f"state/{name}": array for name, array in state.arrays.items()}
+        if state.kept is not None:
+            arrays |= {"kept/features": state.kept.features, "kept/labels": state.kept.labels}
         np.savez(
             buffer,
             allow_pickle=False,
             labels=np.array(state.labels),
             version=np.array(state.version),
             base_head=np.array(self.base_head),
+            lessons=np.array(state.lessons[-LESSONS_REMEMBERED:], np.str_),
             **arrays,
         )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            os.replace(self.path, self._previous)
-            sync_directory(self.directory)
-        write_atomic(self.path, buffer.getvalue())
+        return buffer.getvalue()
 
-    def _read(self, path: Path) -> LearnedState:
-        arrays = read_arrays(path)
-        try:
-            base_head = str(arrays["base_head"])
-            labels = tuple(str(label) for label in arrays["labels"])
-            version = int(arrays["version"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path}: no learned state ({error})") from error
-        if base_head != self.base_head:
-            raise ArtifactError(f"{path}: was learned on another head than this bundle's; the bundle's head is used")
-        return LearnedState(labels=labels, version=version, arrays=arrays_under(arrays, "state"))
+    def _write(self, content: bytes) -> None:
+        """Write the new version beside the two, then rename: whenever the power goes, one of them is whole and named."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        write_atomic(new, content)
+        if _is_sound(self.path):
+            os.replace(self.path, self._previous)
+        os.replace(new, self.path)
+        sync_directory(self.directory)
+
+
+def remove_stale(directory: Path, slots: Iterable[Path]) -> None:
+    """Delete the state of backbones that are in none of these slot directories; of all but these two at most."""
+    if not directory.is_dir():
+        return
+    try:
+        manifests = [read_manifest(slot) for slot in slots if slot.is_dir()]
+        keep = {artifact.backbone for manifest in manifests for artifact in manifest.artifacts}
+        for path in directory.iterdir() if keep else ():
+            if path.name.partition(".")[0] not in keep:
+                path.unlink()
+                log.info("%s: removed, its backbone is in no slot any more", path)
+    except (ArtifactError, OSError) as error:  # a slot that cannot be read now may be whole again later
+        log.warning("%s: old learned states are kept: %s", directory, error)
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        _read(path)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _read(path: Path) -> tuple[LearnedState, str]:
+    """The state in a file, and the hash of the head it started from."""
+    arrays = read_arrays(path)
+    kept = arrays_under(arrays, "kept")
+    try:
+        state = LearnedState(
+            labels=tuple(str(label) for label in arrays["labels"]),
+            version=int(arrays["version"]),
+            arrays=arrays_under(arrays, "state"),
+            kept=Examples(kept["features"], kept["labels"]) if kept else None,
+            lessons=tuple(str(lesson) for lesson in arrays.get("lessons", ())),
+        )
+        return state, str(arrays["base_head"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: no learned state ({error})") from error

@@ -10,6 +10,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ MAX_IN_FLIGHT = 20
 CONNECT_TIMEOUT_S = 5.0
 BACKOFF_S = (1.0, 60.0)
 TICK_S = 0.1
+MAX_RESULTS = 1000
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +64,14 @@ class Connection:
         self._stop = threading.Event()
         self._announce = threading.Event()
         self.thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
-        self._client: paho.Client | None = None
         self._in_flight: dict[int, int] = {}  # paho's message id -> the spool's
         self._last_sent = 0
+        self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
+        self.results_dropped = 0
         self.is_connected = False
         self._trouble = ""
         self._refusal = ""
-        read_password(config, base)  # a missing file is a mistake to report at the start
+        create_client(config, base, "", clean_session=True)  # a missing file is a mistake to report at the start
 
     def start(self) -> None:
         self.thread.start()
@@ -86,10 +89,13 @@ class Connection:
         self._announce.set()
 
     def publish_result(self, payload: bytes) -> None:
-        """Send at most once, and only while connected."""
-        client = self._client
-        if client is not None and self.is_connected:
-            client.publish(self._device.topic("result"), payload, qos=0)
+        """Send at most once, soon, and only while connected; the oldest that the network is too slow for is dropped.
+
+        It is only queued here: paho must not be called from two threads, its packets would mix on the wire.
+        """
+        if self.is_connected:
+            self.results_dropped += len(self._results) == MAX_RESULTS
+            self._results.append(payload)
 
     def _run(self) -> None:
         failures = 0
@@ -99,8 +105,12 @@ class Connection:
                 self._session()
             except (OSError, SpoolError) as error:
                 self._report(f"{self._config.hostname}:{self._config.port} cannot be reached ({error})")
+            except Exception:  # this thread's outer loop: whatever a broker sends, inference goes on
+                log.exception("mqtt: unexpected error; connecting again")
             finally:
-                self._client, self.is_connected = None, False
+                self.is_connected = False
+                self.results_dropped += len(self._results)
+                self._results.clear()
             failures = 0 if time.monotonic() - started > BACKOFF_S[1] else failures + 1
             self._stop.wait(backoff_s(failures, self._rng))
 
@@ -109,7 +119,7 @@ class Connection:
         self._in_flight.clear()
         self._last_sent = 0
         self._refusal = ""
-        client = self._client = create_client(
+        client = create_client(
             self._config, self._base, f"fieldvit-{self._device.site}-{self._device.device}", clean_session=False
         )
         client.on_connect, client.on_message, client.on_publish = self._on_connect, self._on_message, self._on_publish
@@ -135,6 +145,8 @@ class Connection:
         room = MAX_IN_FLIGHT - len(self._in_flight)
         for message in self._spool.pending(self._last_sent, room) if room > 0 else []:
             self._send(client, message)
+        while self._results and not client.want_write():  # what paho holds back would pile up in memory
+            client.publish(self._device.topic("result"), self._results.popleft(), qos=0)
 
     def _send(self, client: paho.Client, message: Message) -> None:
         sent = client.publish(self._device.topic(message.kind), message.payload, qos=1)
@@ -176,14 +188,20 @@ class Connection:
 
 
 def create_client(config: BrokerConfig, base: Path, client_id: str, *, clean_session: bool) -> paho.Client:
-    """A paho client with login and TLS as configured, not connected yet."""
+    """A paho client with login and TLS as configured, not connected yet; ConfigError when a file is missing or wrong."""
     client = paho.Client(CallbackAPIVersion.VERSION2, client_id, clean_session, protocol=paho.MQTTv311)
     client.connect_timeout = CONNECT_TIMEOUT_S
     client.max_inflight_messages_set(2 * MAX_IN_FLIGHT)
     if config.username is not None:
         client.username_pw_set(config.username, read_password(config, base))
     if config.ca_file is not None:
-        client.tls_set(ca_certs=str(base / config.ca_file))
+        path = base / config.ca_file
+        try:
+            client.tls_set(ca_certs=str(path))
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
+            raise ConfigError(
+                f"{path}: the broker's CA certificates cannot be read ({error}); see broker.ca_file"
+            ) from error
     return client
 
 

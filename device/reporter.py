@@ -38,8 +38,8 @@ class Reporter:
             kind = event_kind(entry)
             self._spool.put_journaled(entry.number, self._event_of(entry, kind) if kind else None)
 
-    def telemetry(self, model: Model | None, *, errors: int) -> None:
-        """Close the model's window and report it."""
+    def telemetry(self, model: Model | None, *, errors: int) -> dict[str, float]:
+        """Close the model's window and report it; returns the values."""
         values = model.window.close() if model else {"frames": 0.0}
         values |= {"errors": float(errors), "memory": float(memory_bytes())}
         values |= {"spool/depth": float(self._spool.depth), "spool/dropped": float(self._spool.dropped)}
@@ -56,6 +56,7 @@ class Reporter:
             ),
             priority=LOW,
         )
+        return values
 
     def birth(self, model: Model | None) -> bytes:
         """The retained online state."""

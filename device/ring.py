@@ -1,5 +1,6 @@
 """The features of the last N frames, by frame id: what `learn` can still name. Images are not kept."""
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,11 +9,21 @@ import numpy as np
 
 from device.contract.errors import LearningError
 
+MAX_BYTES = 16 << 20
+"""Most memory of a ring, for rows and ids; the largest board profile asks for 4 MB."""
+_ID_BYTES = 512
+
+log = logging.getLogger(__name__)
+
 
 class FeatureRing:
-    """A fixed buffer [N, D]; written by the frame loop, read by the command thread."""
+    """A fixed buffer [N, D] of at most `MAX_BYTES`; written by the frame loop, read by the command thread."""
 
     def __init__(self, capacity: int, feature_dim: int) -> None:
+        most = max(MAX_BYTES // (4 * feature_dim + _ID_BYTES), 1)
+        if capacity > most:
+            log.warning("runtime.feature_ring = %d is too much memory; the last %d frames are kept", capacity, most)
+            capacity = most
         self._rows = np.zeros((capacity, feature_dim), np.float32)  # [N, D]
         self._row_of: OrderedDict[str, int] = OrderedDict()  # oldest first
         self._lock = threading.Lock()

@@ -3,25 +3,33 @@
     python -m device.selftest SLOT --precision int8 --json
 
 Checks every file of the slot against its manifest, loads the model, compares the golden outputs, and measures latency and
-peak memory. Exit code 0 and a report on standard output, or one `error: ...` line and the error's exit code. The process
-ends itself after `--timeout` seconds, so that it does not outlive an agent that was killed.
+peak memory. Exit code 0 and a report on standard output, or one `error: ...` line and the error's exit code.
+
+The child has a session of its own: Ctrl-C in a terminal, or a signal to the agent's group, must not look like a model that
+crashed. So that it does not outlive an agent that was killed, the child ends when its standard input does
+(`--end-with-parent`), and after `--timeout` seconds in any case.
 """
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from device.contract.errors import ArtifactError, DeviceError
+from device.contract.errors import ArtifactError, DeviceError, InterruptedTestError, NoVerdictError
 from device.contract.records import from_table
 
 TIMEOUT_S = 120.0
 GRACE_S = 10.0
 """A child that hangs where even its alarm does not end it is killed so much later."""
+POLL_S = 0.1
 _ERROR = "error: "
 WARM_UP = 3
 REPEATS = 20
@@ -40,26 +48,92 @@ class SelfTest:
     peak_memory_mb: float
 
 
-def run_in_child(slot: Path, precision: str, *, threads: int, timeout_s: float = TIMEOUT_S) -> SelfTest:
+def run_in_child(
+    slot: Path, precision: str, *, threads: int, timeout_s: float = TIMEOUT_S, stop: threading.Event | None = None
+) -> SelfTest:
     """Test an artifact in a child process.
 
+    Args:
+        slot: directory of the extracted bundle.
+        precision: which artifact.
+        threads: of the interpreter.
+        timeout_s: how long the child may take.
+        stop: ends the test when it is set.
+
     Raises:
-        ArtifactError: it failed, crashed or took too long; the message says which.
+        ArtifactError: it failed or crashed; the message says which.
+        NoVerdictError: it took too long, or was killed as the system does when memory runs out.
+        InterruptedTestError: `stop` was set, somebody ended the child, or it could not be started.
     """
     command = [sys.executable, "-m", "device.selftest", str(slot), "--precision", precision, "--json"]
-    command += ["--threads", str(threads), "--timeout", str(timeout_s)]
+    command += ["--threads", str(threads), "--timeout", str(timeout_s), "--end-with-parent"]
+    stop = stop or threading.Event()
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s + GRACE_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise ArtifactError(f"{precision}: the self-test was killed after {timeout_s + GRACE_S:.0f} s") from error
-    if child.returncode == -signal.SIGALRM:
-        raise ArtifactError(f"{precision}: the self-test did not end within {timeout_s:.0f} s")
-    if child.returncode < 0:
-        raise ArtifactError(f"{precision}: the self-test was killed by {signal.Signals(-child.returncode).name}")
-    if child.returncode:
-        lines = [line for line in child.stderr.splitlines() if line.startswith(_ERROR)] or child.stderr.splitlines()
+        with _child(command) as child:
+            output, errors = _wait(child, precision, timeout_s + GRACE_S, stop)
+    except OSError as error:
+        raise InterruptedTestError(f"{precision}: the self-test could not be started ({error})") from error
+    if child.returncode and stop.is_set():
+        raise InterruptedTestError(f"{precision}: the self-test was stopped")
+    _require_success(child.returncode, errors, precision, timeout_s)
+    return _parse_report(output, precision)
+
+
+@contextmanager
+def _child(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is killed at the end of the block; its standard input ends when this process does."""
+    read_end, write_end = os.pipe()
+    try:
+        with subprocess.Popen(
+            command, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        ) as child:
+            try:
+                yield child
+            finally:
+                child.kill()
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _wait(
+    child: subprocess.Popen[bytes], precision: str, timeout_s: float, stop: threading.Event
+) -> tuple[bytes, bytes]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return child.communicate(timeout=POLL_S)
+        except subprocess.TimeoutExpired as error:
+            if stop.is_set():
+                raise InterruptedTestError(f"{precision}: the self-test was stopped") from error
+            if time.monotonic() > deadline:
+                raise NoVerdictError(f"{precision}: the self-test was killed after {timeout_s:.0f} s") from error
+
+
+def _require_success(exit_code: int, errors: bytes, precision: str, timeout_s: float) -> None:
+    if exit_code == -signal.SIGALRM:
+        raise NoVerdictError(f"{precision}: the self-test did not end within {timeout_s:.0f} s")
+    if exit_code < 0:
+        names = {number.value: number.name for number in signal.Signals}
+        message = f"{precision}: the self-test was killed by {names.get(-exit_code, f'signal {-exit_code}')}"
+        if -exit_code in (signal.SIGTERM, signal.SIGINT):
+            raise InterruptedTestError(message)
+        raise NoVerdictError(message) if exit_code == -signal.SIGKILL else ArtifactError(message)
+    if exit_code:
+        text = errors.decode(errors="replace").splitlines()
+        lines = [line for line in text if line.startswith(_ERROR)] or text
         raise ArtifactError(f"{precision}: {(lines or ['no message'])[-1].removeprefix(_ERROR)}")
-    return from_table(SelfTest, json.loads(child.stdout), where="self-test", error=ArtifactError)
+
+
+def _parse_report(output: bytes, precision: str) -> SelfTest:
+    """The report is the last line: a library may have written to standard output before."""
+    line = (output.decode(errors="replace").splitlines() or [""])[-1]
+    try:
+        return from_table(SelfTest, json.loads(line), where="self-test", error=ArtifactError)
+    except ArtifactError:
+        raise
+    except ValueError as error:
+        raise ArtifactError(f"{precision}: the self-test wrote no report, but {line[:80]!r}") from error
 
 
 def run_here(slot: Path, precision: str, *, threads: int) -> SelfTest:
@@ -116,9 +190,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds until this process ends itself")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--end-with-parent", action="store_true", help="end when standard input does")
     arguments = parser.parse_args(argv)
     # SIGALRM's default action ends the process, also inside C code
     signal.setitimer(signal.ITIMER_REAL, arguments.timeout)
+    if arguments.end_with_parent:
+        threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
     try:
         result = run_here(arguments.slot, arguments.precision, threads=arguments.threads)
     except DeviceError as error:
@@ -126,6 +203,12 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     print(json.dumps(asdict(result)) if arguments.json else "\n".join(report_lines(result)))
     return 0
+
+
+def _end_with_input() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(InterruptedTestError.exit_code)
 
 
 if __name__ == "__main__":

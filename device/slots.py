@@ -79,10 +79,14 @@ class Slots:
         return self._journal.entries[-1].number if self._journal.entries else 0
 
     def rejection(self, bundle: str) -> Entry | None:
-        """The entry that rejected this bundle (by SHA-256), unless it was confirmed since."""
+        """The entry that rejected this bundle (by SHA-256), unless it was confirmed since.
+
+        A confirmed model that cannot be loaded any more says that its slot is damaged, nothing about the bundle.
+        """
         for entry in reversed(self.history()):
             if entry.bundle == bundle and entry.state in ("confirmed", "rejected"):
-                return entry if entry.state == "rejected" else None
+                is_damage = entry.was == "confirmed" and entry.reason == "load"
+                return entry if entry.state == "rejected" and not is_damage else None
         return None
 
     def recover(self, *, is_start: bool) -> list[str]:
@@ -117,7 +121,11 @@ class Slots:
             self._record(Entry(number=0, time=0.0, slot=slot, state=self.state(slot).state), "empty")
             final, partial = self.directory(slot), self.directory(f"{slot}.tmp")
             self._remove_rubbish()
-            manifest = extract(partial)
+            try:
+                manifest = extract(partial)
+            except Exception:
+                self._remove_rubbish()  # on a full disk, half a bundle takes the room that the journal needs
+                raise
             os.replace(partial, final)
             sync_directory(final.parent)
             entry = replace(
@@ -143,6 +151,15 @@ class Slots:
             entry = self._record(self.state(slot), "rejected", reason=reason, detail=detail)
             self._point_link()
             return entry
+
+    def discard(self, slot: str, reason: str) -> Entry:
+        """Empty a staged slot without a verdict: the same bundle may come again."""
+        with self._lock:
+            return self._record(self.state(slot), "empty", reason=reason)
+
+    def has_other(self, slot: str) -> bool:
+        """Whether there is a confirmed model beside this slot's."""
+        return any(name != slot and self.state(name).state == "confirmed" for name in NAMES)
 
     def rollback_target(self) -> Entry:
         """The slot that `rollback` would go back to; ArtifactError when there is none."""

@@ -14,6 +14,7 @@ Every failure is one UpdateRefusedError with a stable reason:
     too-large    a file is longer than signed for, or does not fit on the disk
     unreachable  the source, or a file of it, is not there
     no-channel   the source does not offer this channel
+    disk         this board's disk is full, or fails
 """
 
 import json
@@ -35,7 +36,6 @@ from device.contract.errors import ConfigError, UpdateRefusedError
 from device.contract.files import sync_directory
 
 CHANNEL_SCHEMA = 1
-MAX_BUNDLE_BYTES = 1 << 30
 ROOMS_NEEDED = 3
 """Times its size that a bundle needs on the disk: download, extracted slot, and slack."""
 _BUNDLE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-\d+\.\d+\.\d+\.fieldvit")
@@ -46,6 +46,7 @@ _ADVICE = {
     "expired": "publish again to renew it, and check this board's clock",
     "too-large": "copy the repository again",
     "unreachable": "mount it, or check update.source in agent.toml",
+    "disk": "make room on this board's disk, or check it",
 }
 
 
@@ -71,25 +72,26 @@ class UpdateSource:
 
         Raises:
             ConfigError: there is no trusted root, or it is damaged.
-            UpdateRefusedError: the source is not there.
+            UpdateRefusedError: the source is not there, or this board's disk fails.
         """
         self._directory = directory
         self._downloads = root / "downloads"
-        if not (directory / "metadata").is_dir():
+        if not os.path.isdir(directory / "metadata"):  # pathlib's raises where a stick was pulled out
             raise _refusal("unreachable", directory, "it has no 'metadata' directory")
-        for path in (root / "tuf", self._downloads):
-            path.mkdir(parents=True, exist_ok=True)
         trusted = _read_root(root / "root.json")
         try:
-            self._updater = Updater(
-                str(root / "tuf"),
-                (directory / "metadata").resolve().as_uri(),
-                str(self._downloads),
-                (directory / "targets").resolve().as_uri(),
-                fetcher=_FileFetcher(),
-                bootstrap=trusted,
-            )
-        except (exceptions.RepositoryError, OSError) as error:
+            with self._refusing_disk():
+                for path in (root / "tuf", self._downloads):
+                    path.mkdir(parents=True, exist_ok=True)
+                self._updater = Updater(
+                    str(root / "tuf"),
+                    (directory / "metadata").resolve().as_uri(),
+                    str(self._downloads),
+                    (directory / "targets").resolve().as_uri(),
+                    fetcher=_FileFetcher(),
+                    bootstrap=trusted,
+                )
+        except exceptions.RepositoryError as error:
             raise ConfigError(
                 f"{root / 'root.json'}: no usable root metadata ({error}); copy 1.root.json of your repository"
             ) from error
@@ -104,24 +106,31 @@ class UpdateSource:
                 "no-channel",
                 f"{self._directory}: has no channel {channel!r}; 'fieldvit publish --channel {channel}' makes it",
             )
-        pointer = self._download(pointer_info, f"channel-{channel}.json")
-        name, release = _parse_pointer(pointer.read_bytes(), channel)
-        pointer.unlink()
+        with self._refusing_disk():
+            pointer = self._download(pointer_info, f"channel-{channel}.json")
+            content = pointer.read_bytes()
+            pointer.unlink()
+        name, release = _parse_pointer(content, channel)
         info = self._info(name)
         return Offer(bundle=name, release=release, sha256=info.hashes["sha256"], bytes=info.length)
 
-    def download(self, offer: Offer) -> Path:
+    def download(self, offer: Offer, *, max_bytes: int) -> Path:
         """Fetch the bundle to ROOT/downloads, verified; a complete earlier download is used again."""
-        free = shutil.disk_usage(self._downloads).free
-        if offer.bytes > MAX_BUNDLE_BYTES or offer.bytes * ROOMS_NEEDED > free:
+        if offer.bytes > max_bytes:
             raise UpdateRefusedError(
-                "too-large",
-                f"{offer.bundle}: {offer.bytes} bytes; needs {offer.bytes * ROOMS_NEEDED} free, the disk has {free}",
+                "too-large", f"{offer.bundle}: {offer.bytes} bytes; this board takes bundles up to {max_bytes}"
             )
-        for stale in self._downloads.iterdir():
-            if stale.name != offer.bundle:
-                stale.unlink()
-        return self._download(self._info(offer.bundle), offer.bundle)
+        with self._refusing_disk():
+            for stale in self._downloads.iterdir():
+                if stale.name != offer.bundle:
+                    stale.unlink()
+            free = shutil.disk_usage(self._downloads).free
+            if offer.bytes * ROOMS_NEEDED > free:
+                raise UpdateRefusedError(
+                    "too-large",
+                    f"{offer.bundle}: {offer.bytes} bytes; needs {offer.bytes * ROOMS_NEEDED} free, the disk has {free}",
+                )
+            return self._download(self._info(offer.bundle), offer.bundle)
 
     def _info(self, name: str) -> TargetFile:
         with self._refusing():
@@ -137,20 +146,34 @@ class UpdateSource:
         final, partial = self._downloads / name, self._downloads / f"{name}.part"
         if self._updater.find_cached_target(info, str(final)):
             return final
-        with self._refusing():
-            self._updater.download_target(info, str(partial))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, final)
+        try:
+            with self._refusing():
+                self._updater.download_target(info, str(partial))
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)  # what an error left
         sync_directory(self._downloads)
         return final
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
+        with self._refusing_disk():
+            try:
+                yield
+            except (exceptions.RepositoryError, exceptions.DownloadError) as error:
+                raise _refusal(_reason(error), self._directory, str(error)) from error
+
+    @contextmanager
+    def _refusing_disk(self) -> Iterator[None]:
+        """The fetcher wraps what the source raises, so any `OSError` is about this board's own disk."""
         try:
             yield
-        except (exceptions.RepositoryError, exceptions.DownloadError, OSError) as error:
-            raise _refusal(_reason(error), self._directory, str(error)) from error
+        except OSError as error:
+            raise UpdateRefusedError(
+                "disk", f"{self._downloads}: refused (disk): {error}; {_ADVICE['disk']}"
+            ) from error
 
 
 class _FileFetcher(FetcherInterface):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +50,12 @@ class Verbs:
         self._slots, self._serving, self._updater, self._reporter = slots, serving, updater, reporter
         self._announce = announce
         self._last_refusal = ""
+        self._checking = threading.Lock()
+        self._installing = threading.Lock()
 
     def handlers(self, status: Callable[[], dict[str, Any]]) -> dict[str, Handler]:
         """One handler for each verb."""
-        return {"learn": self._learn, "update": self._update, "rollback": self._rollback, "status": lambda _: status()}
+        return {"learn": self._learn, "update": self._update, "rollback": self._rollback, "status": lambda *_: status()}
 
     def check_for_update(self) -> None:
         """An update nobody asked for: a refusal is reported once, not at each look."""
@@ -61,40 +64,74 @@ class Verbs:
         except DeviceError as error:
             log.warning("no update: %s", error)
 
-    def _update(self, arguments: UpdateArguments) -> dict[str, Any]:
+    def request_check(self, submit: Callable[[Callable[[], None]], bool]) -> None:
+        """Have a worker look for an update, unless a look waits or runs already: commands must not wait behind many."""
+        if self._checking.acquire(blocking=False) and not submit(self._requested_check):
+            self._checking.release()
+
+    def _requested_check(self) -> None:
+        try:
+            self.check_for_update()
+        finally:
+            self._checking.release()
+
+    def wait(self, timeout_s: float) -> None:
+        """Give an update that the agent's stop interrupts the time to put its slot in order."""
+        if self._installing.acquire(timeout=timeout_s):
+            self._installing.release()
+
+    def _update(self, arguments: UpdateArguments, _: str) -> dict[str, Any]:
         source = source_directory(arguments.source or self._source, self._root)
         return self._install(source, force=arguments.force, is_asked=True)
 
     def _install(self, source: Path, *, force: bool, is_asked: bool) -> dict[str, Any]:
         mark = self._slots.last_number
-        try:
-            staged = install(self._updater, self._serving, source, force=force)
-            self._last_refusal = ""
-        except DeviceError as error:
-            self._report_refusal(error, mark, is_asked=is_asked)
-            raise
+        with self._installing:
+            try:
+                staged = install(self._updater, self._serving, source, force=force)
+                self._last_refusal = ""
+            except DeviceError as error:
+                self._report_refusal(error, mark, is_asked=is_asked)
+                raise
         return {"updated": staged is not None} | serving_table(self._slots)
 
     def _report_refusal(self, error: DeviceError, mark: int, *, is_asked: bool) -> None:
-        """Report it, unless it came so far that the journal holds it and its event follows from there."""
+        """Report it, unless it came so far that the journal holds it and its event follows from there.
+
+        An agent that stops reports nothing: the update is tried again.
+        """
         reason = refusal_reason(error)
+        if reason == "interrupted":
+            return
         is_journaled = any(entry.state == "rejected" for entry in self._slots.history(after=mark))
         if not is_journaled and (is_asked or reason != self._last_refusal):
             self._reporter.event("refused", reason=reason, detail=one_line(error))
         self._last_refusal = reason
 
-    def _rollback(self, _: NoArguments) -> dict[str, Any]:
+    def _rollback(self, _: NoArguments, __: str) -> dict[str, Any]:
         self._serving.rollback()
         return serving_table(self._slots)
 
-    def _learn(self, arguments: LearnArguments) -> dict[str, Any]:
+    def was_done(self, command_id: str) -> dict[str, Any] | None:
+        """The result of a lesson that was learned, though the agent stopped before it could say so."""
+        model = self._serving.model
+        if model is None or not model.classifier.has_learned(command_id):
+            return None
+        head = model.classifier.head
+        return {"classes": len(head.labels), "version": head.version}
+
+    def _learn(self, arguments: LearnArguments, command_id: str) -> dict[str, Any]:
         model = self._serving.model
         if model is None:
             raise ArtifactError("there is no model to teach; send an update first")
         is_by_frame = bool(arguments.frame_ids)
         try:
             features = model.ring.get(arguments.frame_ids) if is_by_frame else _feature_matrix(arguments.features)
-            head = model.classifier.learn(features, arguments.label)
+            head = model.classifier.learn(
+                features, arguments.label, lesson=command_id, is_served=lambda: self._serving.model is model
+            )
+            if self._serving.model is not model:
+                raise LearningError("the model was replaced just after it had learned this; teach the new one too")
         except LearningError as error:
             self._reporter.event("error", reason="learn", detail=one_line(error))
             raise

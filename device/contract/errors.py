@@ -5,6 +5,7 @@ DeviceError                 1
 +-- ArtifactError           3   (ValueError)    a bundle, manifest or model file is unusable
 |   +-- ChecksumError                           its bytes are not the bytes that were signed for
 |   +-- BoardMismatchError                      it was built for other boards
+|   +-- NoVerdictError                          its self-test took too long or was killed, perhaps by a busy board
 +-- MessageError            4   (ValueError)    an MQTT payload or topic breaks the contract
 +-- UpdateRefusedError      5   (RuntimeError)  an update was refused; the running model was not touched
 +-- EngineError             6   (RuntimeError)  the interpreter refused a model or an input
@@ -13,6 +14,7 @@ DeviceError                 1
 +-- BrokerError             8   (ConnectionError)  the MQTT broker cannot be reached
 +-- FrameError              9   (ValueError)    a frame cannot be read or has the wrong shape
 +-- AgentBusyError          10  (RuntimeError)  another process holds this data directory
++-- InterruptedTestError    11  (RuntimeError)  a self-test was ended from outside; it says nothing about the model
 """
 
 
@@ -48,6 +50,10 @@ class ChecksumError(ArtifactError):
 
 class BoardMismatchError(ArtifactError):
     """A bundle was built for other boards than this one."""
+
+
+class NoVerdictError(ArtifactError):
+    """A self-test took too long or was killed: the model's fault, or that of a board that was busy just then."""
 
 
 class MessageError(DeviceError, ValueError):
@@ -98,3 +104,9 @@ class AgentBusyError(DeviceError, RuntimeError):
     """Another process holds this data directory."""
 
     exit_code = 10
+
+
+class InterruptedTestError(DeviceError, RuntimeError):
+    """A self-test was ended from outside before it had an answer; this says nothing about the model."""
+
+    exit_code = 11

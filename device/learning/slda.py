@@ -11,6 +11,7 @@ taught with 20 images competes with one trained on hundreds. Shrinkage is relati
 have any scale.
 """
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -63,6 +64,15 @@ class SLDA:
         np.add.at(self.counts, labels, 1)
         np.add.at(self.sums, labels, features)
         self.gram += features.T @ features
+
+    def without(self, features: np.ndarray, labels: np.ndarray) -> "SLDA":
+        """What this learner would be, had it never seen these samples [B, D] with labels [B], which it has learned."""
+        other = copy.deepcopy(self)
+        features = features.astype(np.float64)
+        np.subtract.at(other.counts, labels, 1)
+        np.subtract.at(other.sums, labels, features)
+        other.gram -= features.T @ features
+        return other
 
     def merge(self, other: "SLDA") -> None:
         """Add what another learner has seen, as if this one had seen it; both must have the same classes.

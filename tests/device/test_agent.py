@@ -1,12 +1,17 @@
 """The agent as a process, with real brokers: what it says, what it obeys, and how it leaves."""
 
 import json
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
+from device.app import Agent
+from device.config import load_config
+from device.contract.board import load_board
 from device.contract.messages import (
     Command,
     decode_event,
@@ -16,8 +21,9 @@ from device.contract.messages import (
     decode_telemetry,
     encode_command,
 )
+from device.slots import Slots
 from device.spool import Spool
-from tests.support.agent import PREFIX, Field
+from tests.support.agent import PREFIX, Field, wait_for
 from tests.support.broker import amqtt, find_free_port, listen, mosquitto
 from tests.support.tiny_bundle import NEW_LABEL, write_frames, wrong_golden
 
@@ -113,7 +119,7 @@ def test_every_command_gets_exactly_one_reply(field: Field, broker_port):
         assert sorted(decode_reply(payload).id for payload in listener.all("reply")) == sorted(wanted)
     assert replies["again"].result["modules_ok"] is True
     errors = {name: reply.error for name, reply in replies.items() if not reply.ok}
-    assert "stopped before" in errors["interrupted"]
+    assert "the agent stopped" in errors["interrupted"]
     assert "expired" in errors["late"]
     assert "verbs are learn, rollback, status, update" in errors["unknown"]
     assert "unknown key 'wings'" in errors["odd"]
@@ -224,6 +230,111 @@ def test_learned_classes_survive_a_restart_and_damage_is_reported(field: Field, 
                 "state",
                 lambda payload: decode_state(payload).learned_version == 1 and decode_state(payload).boot == event.boot,
             )
+
+
+def test_a_damaged_board_installs_its_model_again(field: Field):
+    field.cli("update")
+    (field.root / "slots" / "a" / "labels.txt").write_bytes(b"damaged")
+    with field.agent():
+        wait_for(lambda: Slots(field.root).last_number > 4 and Slots(field.root).state("a").state == "confirmed")
+    assert [entry.reason for entry in Slots(field.root).history() if entry.state == "rejected"] == ["load"]
+
+
+def test_a_newer_model_that_was_damaged_comes_back(field: Field):
+    field.cli("update")
+    field.publish(2)
+    field.cli("update")
+    (field.root / "slots" / "b" / "labels.txt").write_bytes(b"damaged")
+    with field.agent():
+        wait_for(lambda: Slots(field.root).last_number > 8 and Slots(field.root).state("b").state == "confirmed")
+    assert Slots(field.root).serving().release == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_the_whole_group_in_an_update_rejects_nothing(field: Field, number: signal.Signals):
+    field.cli("update")
+    field.publish(2)
+    field.configure(update="check_interval_s = 0.05")
+    with field.agent() as agent:
+        wait_for(lambda: Slots(field.root).state("b").state == "staged")
+        time.sleep(0.1)  # the self-test is under way
+        os.killpg(agent.pid, number)
+        assert agent.wait(timeout=10) == 0
+    assert "Traceback" not in field.log
+    assert {entry.state for entry in Slots(field.root).history()}.isdisjoint({"rejected"})
+    with field.agent():
+        wait_for(lambda: Slots(field.root).serving().release == 2)
+    assert Slots(field.root).serving().precision == "int8"
+
+
+def test_a_model_that_can_use_no_frame_gives_way(field: Field):
+    field.cli("update")
+    field.publish(2)
+    field.configure(update="check_interval_s = 0.1")
+    with field.agent():
+        wait_for(lambda: Slots(field.root).serving().release == 2)
+        (field.root / "frames" / "color.part").write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
+        (field.root / "frames" / "color.part").rename(field.root / "frames" / "color.ppm")
+        wait_for(lambda: Slots(field.root).state("b").state == "rejected")
+    entry = Slots(field.root).state("b")
+    assert entry.reason == "frames"
+    assert "not one of 1 frames could be used: color" in entry.detail
+    assert Slots(field.root).serving().release == 1
+
+
+@pytest.fixture
+def idle_agent(field: Field, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """An agent in this process, which does not run."""
+    monkeypatch.setattr("device.app.forbidden_modules", list)
+    config = load_config(field.root)
+    return Agent(field.root, config, load_board(config.board), stop=threading.Event())
+
+
+def test_only_one_look_for_updates_waits(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    jobs: list[Callable[[], None]] = []
+    monkeypatch.setattr(idle_agent._commands.updates, "submit", lambda job: not jobs.append(job))
+    for _ in range(3):
+        idle_agent._check_for_update()
+    assert len(jobs) == 1
+    monkeypatch.setattr(idle_agent._verbs, "check_for_update", lambda: None)
+    jobs[0]()
+    idle_agent._check_for_update()
+    assert len(jobs) == 2
+
+
+def test_a_look_that_finds_no_room_in_the_queue_is_asked_for_again(idle_agent: Agent):
+    asked: list[Callable[[], None]] = []
+
+    def full(job: Callable[[], None]) -> bool:
+        asked.append(job)
+        return False
+
+    idle_agent._verbs.request_check(full)
+    idle_agent._verbs.request_check(full)
+    assert len(asked) == 2
+
+
+def test_heat_is_reported_once_per_crossing(idle_agent: Agent, field: Field, monkeypatch: pytest.MonkeyPatch):
+    events: list[dict[str, object]] = []
+    monkeypatch.setattr(idle_agent._reporter, "event", lambda kind, **data: events.append({"kind": kind, **data}))
+    limit = load_board("generic-x86-64").budget.soc_temp_celsius
+    for celsius in (limit, limit + 1, limit + 2, None, limit + 3):
+        monkeypatch.setattr("device.reporter.soc_temp_celsius", lambda celsius=celsius: celsius)
+        idle_agent._report_window(None)
+    assert [(event["kind"], event["reason"]) for event in events] == [("error", "temperature")] * 2
+    assert f"has {limit + 1:.0f} °C, its limit is {limit:.0f} °C" in events[0]["detail"]
+
+
+def test_a_model_that_could_not_be_loaded_is_tried_again(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    starts: list[str] = []
+    monkeypatch.setattr(idle_agent._serving, "start", lambda: starts.append("start"))
+    monkeypatch.setattr(idle_agent, "_dead_threads", list)
+    idle_agent._tick()
+    assert not starts
+    idle_agent._next_load = 0
+    idle_agent._tick()
+    idle_agent._tick()
+    assert len(starts) == 1
 
 
 def wait_for_log(field: Field, text: str, timeout_s: float = 20) -> None:

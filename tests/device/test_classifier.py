@@ -1,18 +1,21 @@
 """Learning on the board is a transaction: committed whole and kept over restarts, or not at all."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import device.learned
 from device.classifier import Classifier, read_base_head
 from device.contract.bundle import extract
 from device.contract.errors import ArtifactError, GuardError, LearningError
 from device.engine import Engine
 from device.golden import check_golden
-from device.learned import LearnedStore
+from device.learned import LearnedState, LearnedStore, remove_stale
 from device.preprocess import preprocess
-from device.ring import FeatureRing
+from device.ring import MAX_BYTES, FeatureRing
 from tests.support.tiny_bundle import LABELS, NEW_LABEL, SPEC, TinyModel, make_frames, write_bundle, wrong_golden
 
 
@@ -158,3 +161,113 @@ def test_ring_keeps_the_last_frames_and_names_the_missing():
     ring.add("5", np.zeros(2, np.float32))
     with pytest.raises(LearningError):
         ring.get(["2"])
+
+
+def test_a_taught_class_cannot_be_taken_over_by_a_mislabelled_lesson(board: Board):
+    classifier = board.classifier()
+    classifier.learn(board.features(4, count=20), NEW_LABEL)
+    stolen = board.features(4, count=60, seed=7)
+    for again in (classifier, board.classifier()):  # also after a restart
+        with pytest.raises(GuardError, match="taught before"):
+            again.learn(stolen, "other")
+        assert again.head.version == 1
+        assert {again.classify(features).label for features in board.features(4, seed=8)} == {NEW_LABEL}
+
+
+def test_many_harmful_lessons_never_cost_more_than_the_bound(board: Board):
+    classifier, rng = board.classifier(), np.random.default_rng(0)
+    base, pools = classifier.base, [board.features(k, count=60, seed=3) for k in range(4)]
+    refused = 0
+    for _ in range(60):
+        features = pools[rng.integers(4)][rng.integers(0, 60, rng.integers(1, 12))]
+        try:
+            classifier.learn(features, (*LABELS, "junk")[rng.integers(5)])
+        except LearningError:
+            refused += 1
+    answers = (base.guard_features @ classifier.head.weight + classifier.head.bias).argmax(axis=1)
+    right = (base.learner.logits(base.guard_features).argmax(axis=1) == base.guard_labels).mean()
+    assert (answers == base.guard_labels).mean() >= right - board.manifest.learning.max_drop - 1e-9
+    assert refused
+
+
+def test_a_lesson_that_comes_twice_is_learned_once_also_after_a_restart(board: Board):
+    classifier = board.classifier()
+    assert not classifier.has_learned("c1")
+    classifier.learn(board.features(4), NEW_LABEL, lesson="c1")
+    again = board.classifier()
+    assert again.has_learned("c1")
+    assert again.learn(board.features(4), NEW_LABEL, lesson="c1").version == 1
+    assert again.head.learner.counts[4] == 10
+
+
+def test_a_model_that_was_replaced_meanwhile_learns_nothing(board: Board):
+    classifier = board.classifier()
+    with pytest.raises(LearningError, match="the model was replaced"):
+        classifier.learn(board.features(4), NEW_LABEL, is_served=lambda: False)
+    assert classifier.head.version == board.classifier().head.version == 0
+
+
+def test_a_disk_that_takes_nothing_is_a_learning_error(board: Board):
+    (board.directory / "state").write_text("in the way")
+    classifier = board.classifier()
+    with pytest.raises(LearningError, match=r"cannot be written .* nothing was learned"):
+        classifier.learn(board.features(4), NEW_LABEL)
+    assert classifier.head.version == 0
+
+
+def store_and_state(directory: Path) -> tuple[LearnedStore, Callable[[int], LearnedState]]:
+    return LearnedStore(directory, "b", "h"), lambda version: LearnedState(
+        labels=("x",), version=version, arrays={"a": np.arange(3.0)}
+    )
+
+
+class PowerCutError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize("name", ["os.replace", "device.learned.write_atomic", "device.learned.sync_directory"])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_power_cut_in_a_save_leaves_a_sound_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool, name: str, calls: int
+):
+    store, state = store_and_state(tmp_path)
+    store.save(state(1))
+    store.save(state(2))
+    if is_damaged:
+        store.path.write_bytes(store.path.read_bytes()[:-50])
+    module = __import__("os") if name == "os.replace" else device.learned
+    original, left = getattr(module, name.rpartition(".")[2]), [calls]
+
+    def cut(*arguments: object) -> None:
+        if not left[0]:
+            raise PowerCutError
+        left[0] -= 1
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name.rpartition(".")[2], cut)
+        with contextlib.suppress(PowerCutError):
+            store.save(state(3))
+    assert store.load().version in ((1, 3) if is_damaged else (2, 3))
+
+
+def test_states_of_backbones_in_no_slot_are_removed(board: Board):
+    board.classifier().learn(board.features(4), NEW_LABEL)
+    board.classifier().learn(board.features(4), NEW_LABEL)
+    state = board.directory / "state"
+    own = {path.name for path in state.iterdir()}
+    for name in ("old.npz", "old.npz.prev", "older.npz.tmp"):
+        (state / name).write_bytes(b"x")
+    remove_stale(state, [board.slot, board.directory / "missing"])
+    assert {path.name for path in state.iterdir()} == own
+    (state / "old.npz").write_bytes(b"x")
+    (board.slot / "manifest.json").write_bytes(b"damaged")
+    remove_stale(state, [board.slot])
+    assert (state / "old.npz").exists()  # whose state it is cannot be told
+
+
+def test_a_ring_that_asks_for_too_much_memory_is_bounded(caplog: pytest.LogCaptureFixture):
+    ring = FeatureRing(10**9, 384)
+    assert ring._rows.nbytes <= MAX_BYTES
+    assert "too much memory" in caplog.text

@@ -1,13 +1,19 @@
 """Every verb: its help has an example, wrong input is one line with an exit code, and it works on a real board directory."""
 
+import fcntl
 import json
+import os
 import re
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.agent import Field, run_cli
+from device.lock import LockOwner, agent_lock, lock_owner
+from device.slots import Slots
+from tests.support.agent import Field, run_cli, wait_for
 from tests.support.broker import find_free_port
 from tests.support.tiny_bundle import LABELS, write_frames
 
@@ -68,6 +74,70 @@ def test_a_missing_root_is_one_line(tmp_path: Path, verb: str):
 def test_a_wrong_configuration_is_one_line(tmp_path: Path, text: str, message: str):
     (tmp_path / "agent.toml").write_text(text)
     require_one_error_line(run_cli("run", "--root", tmp_path), 2, message)
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_wrong_ca_file_is_said_at_the_start(field: Field, content: str | None):
+    field.configure(port=find_free_port())
+    path, config = field.root / "ca.pem", field.root / "agent.toml"
+    if content:
+        path.write_text(content)
+    config.write_text(config.read_text().replace("[broker]\n", '[broker]\nca_file = "ca.pem"\n'))
+    require_one_error_line(
+        field.cli("run"), 2, f"{path}: the broker's CA certificates cannot be read", "broker.ca_file"
+    )
+    result = field.cli("doctor")
+    assert result.returncode == 1
+    assert re.search(r"WRONG\s+broker: .*ca\.pem", result.stdout), result.stdout + result.stderr
+
+
+def test_an_interrupted_update_is_one_line_and_leaves_nothing_half_done(field: Field):
+    with field.start("update") as process:
+        wait_for(lambda: Slots(field.root).state("a").state == "staged")
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=10)
+    assert (process.returncode, output) == (130, b"")
+    assert [line for line in errors.splitlines() if line.startswith(b"error: ")] == [b"error: interrupted"]
+    assert b"Traceback" not in errors
+    slots = Slots(field.root)
+    assert (slots.state("a").state, slots.state("a").reason) == ("empty", "interrupted")
+    assert not list((field.root / "slots").iterdir())
+    assert not list((field.root / "downloads").iterdir())
+    assert field.cli("update").returncode == 0
+
+
+def test_update_fills_a_damaged_slot_again(field: Field):
+    field.cli("update")
+    (field.root / "slots" / "a" / "labels.txt").write_bytes(b"damaged")
+    assert "installed and confirmed" in field.cli("update").stdout
+
+
+def test_status_describes_the_agent_that_runs_and_no_other(field: Field):
+    field.cli("update")
+    table = json.loads(field.cli("status", "--json").stdout)
+    assert (table["running"], table["pid"], table["modules_ok"], table["state"]) == (False, None, None, "confirmed")
+    (field.root / "agent.json").write_text('{"pid": 1, "connected": true, "modules_ok": true}')  # of one that died
+    for purpose, is_running, text in (
+        ("update", False, "agent: not running"),
+        ("run", True, "agent: running, process"),
+    ):
+        with agent_lock(field.root, purpose):
+            table = json.loads(field.cli("status", "--json").stdout)
+            assert (table["running"], table["modules_ok"]) == (is_running, None)
+            assert "connected" not in table
+            assert table["pid"] == (os.getpid() if is_running else None)
+            assert text in field.cli("status").stdout
+
+
+def test_who_looks_at_the_lock_stops_no_agent(tmp_path: Path):
+    with agent_lock(tmp_path, "run"):
+        assert lock_owner(tmp_path) == LockOwner("run", os.getpid())
+    assert lock_owner(tmp_path) is None
+    with (tmp_path / "agent.lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, looking.close).start()
+        with agent_lock(tmp_path, "run"):
+            pass
 
 
 def test_verbs_without_a_model_say_what_to_do(field: Field):

@@ -112,6 +112,13 @@ def test_formats_give_the_same_pixels(tmp_path: Path):
         ("a.pgm", b"P2\n6 4\n255\n", "not a binary PGM"),
         ("a.pgm", b"P5 6 4 65535\n" + bytes(48), "expected 8 bits"),
         ("a.pgm", b"P5 0 4 255\n", "expected 8 bits"),
+        ("a.pgm", b"P5 " + b"9" * 5000 + b" 8 255\n", "not a binary PGM"),
+        ("a.pgm", b"P5" + b" " * 4000 + b"x", "not a binary PGM"),  # a nested quantifier would try 2^4000 ways
+        (
+            "a.npy",
+            b"\x93NUMPY\x01\x00vv{'descr': '|u1', 'fortran_order': False, 'shape': (" + b"9" * 5000,
+            "not a .npy",
+        ),
         ("a.png", b"no image", "Pillow cannot decode"),
         ("a.txt", b"", "frames are .bmp"),
     ],
@@ -155,3 +162,50 @@ def test_ids_are_relative_paths_made_safe(tmp_path: Path):
     write_pgm(tmp_path / "x" / "y.pgm")
     assert list_frames(tmp_path) == [("x/y", tmp_path / "x" / "y.pgm")]
     assert list_frames(tmp_path / "x" / "y.pgm")[0][0] == "y"
+
+
+def test_no_error_of_a_decoder_ends_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> np.ndarray:
+        raise ZeroDivisionError("a bug of the decoder")
+
+    monkeypatch.setattr("device.frames._parse_npy", fail)
+    clock = Clock()
+    source = DirectorySource(tmp_path, clock=clock)
+    np.save(tmp_path / "a.npy", PIXELS)
+    write_pgm(tmp_path / "b.pgm")
+    assert ids(source) == ["b"]
+    clock.now += SETTLE_S
+    assert ids(source) == []
+    assert source.errors == 1
+
+
+def test_an_image_too_large_for_the_board_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    monkeypatch.setattr("device.frames.MAX_FRAME_BYTES", 1000)
+    assert read_frame(tmp_path / "a.png", 1).shape == (4, 6, 1)
+    monkeypatch.setattr("device.frames.MAX_FRAME_BYTES", (tmp_path / "a.png").stat().st_size)
+    Image.fromarray(np.zeros((90, 90), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(FrameError, match="limit"):
+        read_frame(tmp_path / "a.png", 3)
+
+
+def test_files_that_share_an_id_get_ids_of_their_own(tmp_path: Path):
+    source = DirectorySource(tmp_path)
+    write_pgm(tmp_path / "a.pgm")
+    write_pgm(tmp_path / "x y.pgm")
+    assert ids(source) == ["a", "x_y"]
+    np.save(tmp_path / "a.npy", PIXELS)
+    write_pgm(tmp_path / "x_y.pgm")
+    late = ids(source)
+    assert [name.partition("~")[0] for name in late] == ["a", "x_y"]
+    assert all("~" in name for name in late)
+    restarted = ids(DirectorySource(tmp_path))  # now all came before they were read: none may be taken for another
+    assert len(set(restarted)) == 4
+    assert set(late) < set(restarted)
+    assert not {"a", "x_y"} & set(restarted)
+    assert [frame_id for frame_id, _ in list_frames(tmp_path)] == restarted
+    (tmp_path / "a.pgm").unlink()
+    (tmp_path / "x_y.pgm").unlink()
+    assert ids(DirectorySource(tmp_path)) == ["a", "x_y"]

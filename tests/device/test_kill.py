@@ -1,7 +1,10 @@
 """kill -9 of the agent at random moments of an update: the board always has a working, confirmed model afterwards."""
 
+import os
 import random
+import shutil
 import time
+from pathlib import Path
 
 from device.contract.board import load_board
 from device.contract.bundle import verify_directory
@@ -36,13 +39,33 @@ def test_a_board_that_is_killed_during_updates_always_has_a_model(field: Field):
 
 
 def require_working_model(field: Field) -> str:
-    """What a kill left, before anything repairs it: the model to fall back to is whole, and the link's model answers."""
+    """What a kill left, before anything repairs it: the model to fall back to is whole, and so is the link's.
+
+    The link follows the journal, so a kill can leave it one step behind; the next start moves it to the served slot.
+    """
     slots = Slots(field.root)
     verify_directory(slots.directory(slots.fallback().slot))
-    serving = slots.serving()
-    model = Model.load(slots, serving.slot, serving.precision, load_board("generic-x86-64").runtime)
-    assert model.infer(make_frames(1, 2)[0])[1].label == LABELS[2]
+    for slot in {linked_slot(field.root), slots.serving().slot}:
+        require_answer(slots, slot)
+    copy = field.directory / "started-again"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(field.root, copy, symlinks=True, ignore=shutil.ignore_patterns("spool.db*", "frames", "downloads"))
+    after = Slots(copy)
+    after.recover(is_start=True)
+    assert linked_slot(copy) == after.serving().slot
+    require_answer(after, linked_slot(copy))
     return slots.history()[-1].state
+
+
+def linked_slot(root: Path) -> str:
+    link = os.readlink(root / "current")
+    assert link in ("slots/a", "slots/b")
+    return Path(link).name
+
+
+def require_answer(slots: Slots, slot: str) -> None:
+    model = Model.load(slots, slot, slots.state(slot).precision or "int8", load_board("generic-x86-64").runtime)
+    assert model.infer(make_frames(1, 2)[0])[1].label == LABELS[2]
 
 
 def time_of_update(field: Field, *, release: int) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,3 +137,45 @@ def test_login_and_its_failures(tmp_path: Path):
         probe(BrokerConfig(hostname="127.0.0.1", port=port), tmp_path)
     with pytest.raises(ConfigError, match="none: the broker password cannot be read"):
         probe(BrokerConfig(hostname="127.0.0.1", port=port, username="cam", password_file="none"), tmp_path)
+
+
+def test_results_go_out_by_one_thread_only_and_overflow_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device.mqtt, "BACKOFF_S", (0.05, 0.1))
+    threads: set[str] = set()
+    publish = paho.Client.publish
+
+    def spy(self: paho.Client, *arguments: object, **options: object) -> object:
+        if self._client_id.startswith(b"fieldvit-"):
+            threads.add(threading.current_thread().name)
+        return publish(self, *arguments, **options)
+
+    monkeypatch.setattr(paho.Client, "publish", spy)
+    with mosquitto(tmp_path) as port, listen(port, PREFIX) as listener, connection(tmp_path, port) as (link, _):
+        link.publish_result(b"nobody is connected")
+        wait_until(lambda: link.is_connected)
+        for number in range(300):
+            link.publish_result(b"%d" % number)
+        listener.wait_for("result", lambda payload: payload == b"299")
+        assert listener.all("result") == [b"%d" % number for number in range(300)]
+        assert threads == {"mqtt"}
+        assert link.results_dropped == 0
+        monkeypatch.setattr(link, "_pump", lambda client: None)  # a network that takes nothing
+        time.sleep(0.3)
+        for number in range(device.mqtt.MAX_RESULTS + 7):
+            link.publish_result(b"%d" % number)
+        assert (len(link._results), link.results_dropped) == (device.mqtt.MAX_RESULTS, 7)
+
+
+def test_an_unexpected_error_does_not_end_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device.mqtt, "BACKOFF_S", (0.05, 0.1))
+    failures = [ValueError("nobody thought of this")]
+    connect = paho.Client.connect
+
+    def fail_once(*arguments: object) -> object:
+        if failures:
+            raise failures.pop()
+        return connect(*arguments)
+
+    monkeypatch.setattr(paho.Client, "connect", fail_once)
+    with mosquitto(tmp_path) as port, connection(tmp_path, port) as (link, _):
+        wait_until(lambda: link.is_connected)

@@ -169,3 +169,14 @@ def test_bad_state_is_refused(change, message):
 def test_merge_refuses_other_classes():
     with pytest.raises(LearningError, match="cannot merge"):
         SLDA(K, D, shrinkage=SHRINKAGE).merge(SLDA(K + 1, D, shrinkage=SHRINKAGE))
+
+
+def test_samples_taken_out_again_were_never_seen():
+    rng = np.random.default_rng(11)
+    features, labels = rng.standard_normal((30, 4)), rng.integers(0, 3, 30)
+    whole, part = SLDA(3, 4, shrinkage=0.1), SLDA(3, 4, shrinkage=0.1)
+    whole.update(features, labels)
+    part.update(features[:20], labels[:20])
+    taken = whole.without(features[20:], labels[20:])
+    np.testing.assert_allclose(taken.logits(features), part.logits(features), rtol=1e-4, atol=1e-4)
+    assert whole.counts.sum() == 30

@@ -1,8 +1,10 @@
 """Slots after a power cut at any point: there is always a whole confirmed model, and the next update works."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -60,8 +62,11 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> list[str]:
-    """Let the process die before its `limit`-th system call that changes the disk; returns the calls made."""
+def count_calls(monkeypatch: pytest.MonkeyPatch, limit: int | None, *, longest_write: int = 1 << 30) -> list[str]:
+    """Let the process die before its `limit`-th system call that changes the disk; returns the calls made.
+
+    A `pwrite` writes at most `longest_write` bytes, as any may, so a cut can fall into the middle of a line.
+    """
     calls: list[str] = []
 
     def wrap(name: str) -> None:
@@ -71,6 +76,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> list[str]
             if limit is not None and len(calls) == limit:
                 raise PowerCut
             calls.append(name)
+            if name == "pwrite":
+                descriptor, content, offset = arguments
+                arguments = (descriptor, content[:longest_write], offset)
             return real(*arguments, **keywords)
 
         monkeypatch.setattr(os, name, call)
@@ -87,16 +95,18 @@ def update(root: Path) -> None:
     install(root, 4)
 
 
-def test_power_cut_before_any_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("longest_write", [1 << 30, 200])
+def test_power_cut_before_any_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest_write: int):
     with monkeypatch.context() as patch:
         copy = fresh_copy(root, tmp_path / "whole" / "root")
-        calls = count_calls(patch, None)
+        calls = count_calls(patch, None, longest_write=longest_write)
         update(copy)
+    require_consistent(copy, {4})
     total = len(calls)
     for limit in range(total):
         copy = fresh_copy(root, tmp_path / "cut" / "root")
         with monkeypatch.context() as patch:
-            count_calls(patch, limit)
+            count_calls(patch, limit, longest_write=longest_write)
             with pytest.raises(PowerCut):
                 update(copy)
         require_consistent(copy, {1, 2, 3, 4})
@@ -128,6 +138,42 @@ def test_journal_torn_at_any_byte(root: Path, tmp_path: Path):
         (copy / "journal.jsonl").write_bytes(content[:size])
         require_consistent(copy, {1, 2})
         assert Slots(copy).fallback().release == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, None])
+def test_a_full_disk_leaves_the_journal_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch, error: int | None):
+    before, real, writes = (root / "journal.jsonl").read_bytes(), os.pwrite, []
+
+    def nearly_full(descriptor: int, content: bytes, offset: int) -> int:
+        writes.append(offset)
+        if len(writes) == 1:
+            return real(descriptor, content[:40], offset)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return 0
+
+    slots = Slots(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", nearly_full)
+        with pytest.raises(OSError, match="No space left" if error else "nothing was written"):
+            slots.reject("a", "engine")
+    assert (root / "journal.jsonl").read_bytes() == before
+    assert slots.state("a").state == "confirmed"
+    slots.reject("a", "engine")
+    assert Slots(root).state("a").state == "rejected"
+    assert not Slots(root).recover(is_start=False)
+
+
+def test_a_bundle_that_does_not_fit_leaves_no_half_of_it(root: Path):
+    def half(directory: Path) -> NoReturn:
+        directory.mkdir()
+        (directory / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        Slots(root).stage("hash-2", half)
+    assert not (root / "slots" / "b.tmp").exists()
+    require_consistent(root, {1})
 
 
 def test_model_that_never_confirms_is_reverted(root: Path):
@@ -168,6 +214,24 @@ def test_confirming_again_lifts_a_rejection(root: Path):
     assert Slots(root).rejection("hash-2").detail == "it failed"
     install(root, 2)
     assert Slots(root).rejection("hash-2") is None
+
+
+def test_damage_to_a_proven_model_is_not_held_against_its_bundle(root: Path):
+    slots = install(root, 2)
+    slots.reject("b", "load", "model.tflite: sha256 differs")
+    assert slots.rejection("hash-2") is None
+    slots = install(root, 3, confirm=False)
+    slots.reject("b", "load", "LiteRT cannot load it")
+    assert slots.rejection("hash-3").reason == "load"
+
+
+def test_a_discarded_bundle_may_come_again(root: Path):
+    slots = Slots(root)
+    slots.stage("hash-2", lambda directory: extract(bundle_of(root.parent, 2), directory))
+    slots.discard("b", "interrupted")
+    assert (slots.state("b").state, slots.state("b").reason) == ("empty", "interrupted")
+    assert slots.rejection("hash-2") is None
+    require_consistent(install(root, 2).root, {2})
 
 
 def test_damaged_lines_are_reported_and_ignored(root: Path):

@@ -1,8 +1,10 @@
 """Each way in which an update source can be wrong is refused with its own reason, and a good source still works after."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,9 +30,9 @@ def publish(repo: UpdateRepository, release: int) -> None:
     repo.publish(write_plain_bundle(repo.directory.parent / f"{release}.fieldvit", manifest), "stable")
 
 
-def fetch(tmp_path: Path, source: str = "repo", channel: str = "stable") -> Path:
+def fetch(tmp_path: Path, source: str = "repo", channel: str = "stable", max_bytes: int = 1 << 20) -> Path:
     update_source = UpdateSource(tmp_path / source, tmp_path / "root")
-    return update_source.download(update_source.offer(channel))
+    return update_source.download(update_source.offer(channel), max_bytes=max_bytes)
 
 
 def bundle_target(directory: Path) -> Path:
@@ -120,12 +122,9 @@ def test_missing_or_foreign_trusted_root_is_a_configuration_error(repo: UpdateRe
             fetch(tmp_path)
 
 
-def test_a_bundle_that_does_not_fit_is_too_large(
-    repo: UpdateRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("device.tuf_client.MAX_BUNDLE_BYTES", 10)
-    with pytest.raises(UpdateRefusedError) as refused:
-        fetch(tmp_path)
+def test_a_bundle_that_does_not_fit_is_too_large(repo: UpdateRepository, tmp_path: Path):
+    with pytest.raises(UpdateRefusedError, match="this board takes bundles up to 10") as refused:
+        fetch(tmp_path, max_bytes=10)
     assert refused.value.reason == "too-large"
 
 
@@ -135,3 +134,27 @@ def test_a_complete_download_is_used_again_and_a_damaged_one_is_not(repo: Update
     assert fetch(tmp_path).stat().st_ino == inode
     path.write_bytes(content[:-1])
     assert fetch(tmp_path).read_bytes() == content
+
+
+@pytest.mark.parametrize("directory", ["tuf", "downloads"])
+def test_a_disk_that_fails_is_refused_as_such(repo: UpdateRepository, tmp_path: Path, directory: str):
+    (tmp_path / "root" / directory).write_bytes(b"a file where a directory should be")
+    with pytest.raises(UpdateRefusedError, match="refused \\(disk\\)") as refused:
+        fetch(tmp_path)
+    assert refused.value.reason == "disk"
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "shutil.disk_usage", "shutil.copyfileobj", "pathlib.Path.iterdir"])
+def test_a_disk_that_is_full_is_refused_as_such(
+    repo: UpdateRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        with pytest.raises(UpdateRefusedError, match="No space left") as refused:
+            fetch(tmp_path)
+    assert refused.value.reason == "disk"
+    assert not list((tmp_path / "root" / "downloads").iterdir())
+    assert fetch(tmp_path).name == "plain-1.0.0.fieldvit"

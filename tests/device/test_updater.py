@@ -1,21 +1,37 @@
 """What an update must pass before it is served: trust, board, budgets, and a self-test in a process of its own."""
 
 import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import device.selftest
 from device.config import load_config
 from device.contract.board import Board, load_board
-from device.contract.errors import ArtifactError, BoardMismatchError, UpdateRefusedError
+from device.contract.errors import (
+    ArtifactError,
+    BoardMismatchError,
+    DeviceError,
+    InterruptedTestError,
+    NoVerdictError,
+    UpdateRefusedError,
+)
 from device.selftest import SelfTest, run_in_child
 from device.slots import Slots
 from device.updater import Updater, candidates
-from tests.support.agent import Field
+from tests.support.agent import REPO_ROOT, Field
 from tests.support.tiny_bundle import bundle_files, make_manifest, write_zip, wrong_golden
 
 BOARD = load_board("generic-x86-64")
@@ -85,8 +101,85 @@ def test_over_budget_is_refused_and_remembered(field: Field, change: dict[str, f
 
 def test_too_many_bytes_are_refused_without_a_test(field: Field):
     board = replace(BOARD, budget=replace(BOARD.budget, artifact_bytes=100))
-    work, _ = updater(field, lambda *_: pytest.fail("was tested"), board)
+    work, slots = updater(field, lambda *_: pytest.fail("was tested"), board)
     assert reason_of(field, work) == "budget"
+    assert slots.last_number == 0  # no slot was emptied for it
+
+
+def test_one_artifact_that_fits_is_enough(field: Field):
+    large = bundle_files(field.model)["model.int8.tflite"] + bytes(1000)
+    field.publish(2, files={"model.int8.tflite": large})
+    board = replace(BOARD, budget=replace(BOARD.budget, artifact_bytes=len(large) - 1))
+    work, _ = updater(field, board=board)
+    assert work.stage(field.directory / "repo").test.precision == "float32"
+
+
+def test_a_bundle_that_its_manifest_rules_out_is_copied_once(field: Field, monkeypatch: pytest.MonkeyPatch):
+    field.publish(2, boards=("raspberry-pi-5",))
+    work, _ = updater(field)
+    assert reason_of(field, work) == "board"
+    monkeypatch.setattr("device.tuf_client.UpdateSource.download", lambda *_, **__: pytest.fail("copied again"))
+    assert reason_of(field, work) == "board"
+
+
+def test_a_bundle_far_beyond_the_board_is_not_copied(field: Field, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("device.updater.BUNDLE_EXTRA_BYTES", 0)
+    board = replace(BOARD, budget=replace(BOARD.budget, artifact_bytes=100))
+    work, _ = updater(field, board=board)
+    with pytest.raises(UpdateRefusedError, match="takes bundles up to 400") as refused:
+        work.stage(field.directory / "repo")
+    assert refused.value.reason == "too-large"
+
+
+def test_a_full_disk_is_a_refusal(field: Field, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    work, slots = updater(field)
+    with monkeypatch.context() as patch:
+        patch.setattr("device.updater.extract", fail)
+        assert reason_of(field, work) == "disk"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", fail)
+        assert reason_of(field, work) == "disk"
+    assert slots.serving() is None
+    assert work.stage(field.directory / "repo").slot == "a"
+
+
+def failing_first(error: DeviceError | None, times: int) -> Callable[[Path, str], SelfTest]:
+    """A self-test that goes wrong so many times; without an error, it is only slow then."""
+    calls: list[str] = []
+
+    def test(slot: Path, precision: str) -> SelfTest:
+        calls.append(precision)
+        if len(calls) > times:
+            return passing(slot, precision)
+        if error:
+            raise error
+        return replace(passing(slot, precision), latency_p50_ms=201.0)
+
+    return test
+
+
+@pytest.mark.parametrize("error", [NoVerdictError("int8: was killed by SIGKILL"), None])
+def test_what_a_busy_board_may_have_caused_is_tried_once_more(field: Field, error: DeviceError | None):
+    work, _ = updater(field, failing_first(error, 1))
+    assert work.stage(field.directory / "repo").test.precision == "int8"
+
+
+@pytest.mark.parametrize("error", [NoVerdictError("int8: was killed by SIGKILL"), None])
+def test_what_happens_again_counts(field: Field, error: DeviceError | None):
+    field.configure(top='precision = "int8"')
+    work, slots = updater(field, failing_first(error, 2))
+    assert reason_of(field, work) == ("selftest" if error else "budget")
+    assert slots.state("a").state == "rejected"
+
+
+def test_an_interrupted_test_counts_for_nothing(field: Field):
+    work, slots = updater(field, failing_first(InterruptedTestError("int8: was killed by SIGTERM"), 1))
+    assert reason_of(field, work) == "interrupted"
+    assert (slots.state("a").state, slots.state("a").reason) == ("empty", "interrupted")
+    assert work.stage(field.directory / "repo").test.precision == "int8"
 
 
 def test_wrong_outputs_are_refused_by_the_child(field: Field):
@@ -166,22 +259,95 @@ def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "kind", "message"),
     [
-        ("kill -SEGV $$", "int8: the self-test was killed by SIGSEGV"),
-        ("kill -ALRM $$", "int8: the self-test did not end within 1 s"),
-        ("exec sleep 60", "int8: the self-test was killed after 1 s"),
-        ("echo noise >&2; echo 'error: it is wrong' >&2; exit 3", "int8: it is wrong"),
-        ("exit 1", "int8: no message"),
+        ("kill -SEGV $$", ArtifactError, "int8: the self-test was killed by SIGSEGV"),
+        ("kill -40 $$", ArtifactError, "int8: the self-test was killed by signal 40"),
+        ("kill -ALRM $$", NoVerdictError, "int8: the self-test did not end within 1 s"),
+        ("exec sleep 60", NoVerdictError, "int8: the self-test was killed after 1 s"),
+        ("kill -KILL $$", NoVerdictError, "int8: the self-test was killed by SIGKILL"),
+        ("kill -TERM $$", InterruptedTestError, "int8: the self-test was killed by SIGTERM"),
+        ("kill -INT $$", InterruptedTestError, "int8: the self-test was killed by SIGINT"),
+        ("echo noise >&2; echo 'error: it is wrong' >&2; exit 3", ArtifactError, "int8: it is wrong"),
+        (r"printf 'error: op \377\n' >&2; exit 3", ArtifactError, "int8: op \N{REPLACEMENT CHARACTER}"),
+        ("exit 1", ArtifactError, "int8: no message"),
+        ("exit 0", ArtifactError, "int8: the self-test wrote no report, but ''"),
+        (r"printf 'INFO \377\n'; exit 0", ArtifactError, "int8: the self-test wrote no report, but 'INFO "),
+        ("echo '[]'; exit 0", ArtifactError, "self-test: expected a table, got list"),
     ],
 )
 def test_how_a_child_fails_is_said(
-    fake_python: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, line: str, message: str
+    fake_python: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    kind: type[DeviceError],
+    message: str,
 ):
     fake_python(line)
     monkeypatch.setattr(device.selftest, "GRACE_S", 0.2)
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(kind, match=message) as failed:
         run_in_child(Path("slot"), "int8", threads=1, timeout_s=0.8)
+    assert type(failed.value) is kind
+
+
+def test_a_child_that_cannot_be_started_counts_for_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device.selftest.sys, "executable", "/nowhere/python")
+    with pytest.raises(InterruptedTestError, match="could not be started"):
+        run_in_child(Path("slot"), "int8", threads=1)
+
+
+def test_noise_before_the_report_is_skipped(fake_python: Callable[[str], None]):
+    report = json.dumps(dataclasses.asdict(replace(PASSED, precision="int8")))
+    fake_python(f"echo INFO; echo '{report}'")
+    assert run_in_child(Path("slot"), "int8", threads=1).precision == "int8"
+
+
+def test_stop_ends_the_child(field: Field, fake_python: Callable[[str], None]):
+    fake_python(f"echo $$ >{field.directory}/pid; exec sleep 60")
+    stop = threading.Event()
+    slots = Slots(field.root)
+    work = Updater(field.root, load_config(field.root), BOARD, slots, stop=stop)
+    sessions: list[int] = []
+
+    def end() -> None:
+        sessions.append(os.getsid(int((field.directory / "pid").read_text())))
+        stop.set()
+
+    threading.Timer(0.5, end).start()
+    started = time.monotonic()
+    assert reason_of(field, work) == "interrupted"
+    assert sessions != [os.getsid(0)]  # a signal to our group does not reach it
+    assert time.monotonic() - started < 5
+    assert slots.state("a").state == "empty"
+    assert not is_alive(int((field.directory / "pid").read_text()))
+
+
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path):
+    os.mkfifo(tmp_path / "manifest.json")  # whoever reads it waits: a self-test that hangs
+    script = f"import device.selftest as s, pathlib; s.run_in_child(pathlib.Path({str(tmp_path)!r}), 'int8', threads=1)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=REPO_ROOT) as parent:
+        writer = os.open(tmp_path / "manifest.json", os.O_WRONLY)  # the child has come to read it
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while has_reader(writer):
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+    os.close(writer)
+
+
+def has_reader(writer: int) -> bool:
+    try:
+        return os.write(writer, b" ") > 0
+    except BrokenPipeError:
+        return False
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_child_ends_itself_when_its_time_is_over(field: Field):

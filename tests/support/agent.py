@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from host.fleet.repository import UpdateRepository
 from tests.support.tiny_bundle import TinyModel, write_bundle
 
 REPO_ROOT = Path(__file__).parents[2]
+DEVICE_PYTHON = REPO_ROOT / ".venv-device" / "bin" / "python"
+"""An environment with nothing but fieldvit[device], as `make` creates it; without it, this interpreter is used."""
 PREFIX = "fieldvit/v1/lab/cam-1"
 
 
@@ -59,11 +62,19 @@ class Field:
         """Run one verb to its end."""
         return run_cli(verb, "--root", self.root, *arguments, timeout_s=timeout_s)
 
+    def start(self, verb: str) -> subprocess.Popen[bytes]:
+        """Start one verb."""
+        return subprocess.Popen(
+            _command(verb, "--root", self.root), cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
     @contextmanager
     def agent(self) -> Iterator[subprocess.Popen[bytes]]:
-        """Run the agent; it is killed if the block leaves it running."""
+        """Run the agent in a process group of its own; it is killed if the block leaves it running."""
         with (self.directory / "agent.log").open("ab") as log:
-            process = subprocess.Popen(_command("run", "--root", self.root), cwd=REPO_ROOT, stderr=log, stdout=log)
+            process = subprocess.Popen(
+                _command("run", "--root", self.root), cwd=REPO_ROOT, stderr=log, stdout=log, process_group=0
+            )
         try:
             yield process
         finally:
@@ -76,6 +87,15 @@ class Field:
         return (self.directory / "agent.log").read_text()
 
 
+def wait_for(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so within {timeout_s} s")
+        time.sleep(0.005)
+
+
 def run_cli(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     """Run `fieldvit-device` in a process of its own."""
     return subprocess.run(
@@ -84,7 +104,5 @@ def run_cli(*arguments: str | Path, timeout_s: float = 60) -> subprocess.Complet
 
 
 def _command(*arguments: str | Path) -> list[str]:
-    python = os.environ.get(
-        "FIELDVIT_DEVICE_PYTHON", sys.executable
-    )  # an environment with nothing but fieldvit[device]
+    python = os.environ.get("FIELDVIT_DEVICE_PYTHON", str(DEVICE_PYTHON if DEVICE_PYTHON.exists() else sys.executable))
     return [python, "-m", "device.cli", *map(str, arguments)]
