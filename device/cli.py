@@ -86,7 +86,7 @@ def _update(arguments: argparse.Namespace) -> int:
     _show(
         arguments,
         {"updated": staged is not None} | table,
-        [text + ("installed and confirmed" if staged else "is up to date")],
+        [text + ("installed and confirmed" if staged else f"is up to date with {source}, channel {config.channel}")],
     )
     return 0
 

@@ -5,9 +5,8 @@ run is not at hand, it is the bundle's own float32 TFLite file, and the report s
 """
 
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,15 @@ from host.stages.features import tflite_features, torch_features
 from host.stages.head import load_head
 from host.stages.proof import INFER_PATH, Proof, Reference, prove_coreml, prove_infer, prove_tflite
 
-CHECK_COLUMNS = ("artifact", "accuracy", "argmax agreement", "lowest cosine", "largest difference", "verdict")
+CHECK_COLUMNS = (
+    "artifact",
+    "accuracy",
+    "argmax agreement",
+    "lowest cosine",
+    "largest difference",
+    "required",
+    "verdict",
+)
 FLOAT = "float32"
 OWN_FLOAT = "the bundle's own float32 file, because the run that made it is not at hand (--runs)"
 
@@ -46,6 +53,7 @@ class Check:
             self.artifact,
             *figures,
             f"{proof.max_abs_difference:.2e}",
+            f"agreement {MIN_AGREEMENT[self.artifact]:.1%}",
             "; ".join(self.problems) or ("the reference itself" if self.is_reference else "passed"),
         )
 
@@ -58,9 +66,6 @@ class VerifyReport:
     reference: str
     images: int
     checks: tuple[Check, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def require_passed(self) -> None:
         """Raise ParityError naming every artifact that failed."""

@@ -89,6 +89,7 @@ def verify(bundle: BundleArgument, runs: RunsOption = RUNS, as_json: JsonOption 
     report = verify_bundle(bundle, runs)
     if not as_json:
         print(f"{report.images} test images, against {report.reference}")
+        print("cosine and difference: features of int8 and float32, logits of infer (int8) and coreml (float16)")
     _print_table(CHECK_COLUMNS, [check.row() for check in report.checks], asdict(report) if as_json else None)
     report.require_passed()
 
@@ -151,7 +152,7 @@ def flash(
     address = parse_broker(broker) if broker else None
     settings = BoardSettings(id=DeviceId(site, device), board=board, channel=channel, broker=address, frames=frames)
     expires = flash_directory(bundle, root, repository=repo, settings=settings)
-    print(f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}")
+    print(f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}; after that publish and flash again")
     print(f"start the board with: fieldvit-device run --root {root}")
 
 

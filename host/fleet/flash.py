@@ -62,7 +62,11 @@ def flash_directory(bundle: Path, root: Path, *, repository: Path, settings: Boa
         BoardMismatchError: the bundle was not built for this board.
     """
     manifest = read_manifest(bundle)
-    load_board(settings.board)
+    if "coreml" in load_board(settings.board).support.formats:
+        raise BoardMismatchError(
+            f"{settings.board}: an app takes model.mlpackage or a .tflite file out of the bundle (a zip); "
+            "flash prepares boards that run fieldvit-device"
+        )
     if settings.board not in manifest.boards:
         raise BoardMismatchError(
             f"{bundle.name} was built for {', '.join(manifest.boards)}, not for {settings.board}; "
@@ -76,6 +80,7 @@ def flash_directory(bundle: Path, root: Path, *, repository: Path, settings: Boa
     if not (root / CONFIG).exists():
         write_atomic(root / CONFIG, agent_toml(settings).encode())
     write_atomic(root / "root.json", trusted)
+    (root / settings.frames).mkdir(parents=True, exist_ok=True)
     return offer.expires
 
 
@@ -109,9 +114,13 @@ def _require_offered(bundle: Path, repository: Path, name: str, channel: str) ->
     offer = channel_offer(repository, channel)
     if offer is None or offer.bundle != name or published_digest(repository, name) != sha256_of(bundle):
         offered = f"offers {offer.bundle}" if offer else "does not exist"
+        if offer and offer.bundle == name:
+            offered = (
+                "offers other content under this name, so raise version and release in the recipe and export again;"
+            )
         raise FleetError(
             f"channel {channel} in {repository} {offered}, not this {name}; "
-            f"run 'fieldvit publish {bundle} --repo {repository} --channel {channel}' first"
+            f"run 'fieldvit publish {bundle} --repo {repository} --channel {channel}', with its --keys, first"
         )
     return offer
 
@@ -131,10 +140,16 @@ def _require_same_settings(path: Path, settings: BoardSettings) -> None:
         present = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FleetError(f"{path}: not TOML ({error}); mend it, or flash an empty directory") from error
-    for key, value in _identity(settings).items():
-        if present.get(key, value) != value:
+    asked: dict[str, Any] = {**_identity(settings), "frames": settings.frames}
+    found = {**present, "frames": present.get("source", {}).get("path", settings.frames)}
+    if settings.broker:
+        asked["broker"] = f"{settings.broker.hostname}:{settings.broker.port}"
+        broker = present.get("broker")
+        found["broker"] = f"{broker.get('hostname')}:{broker.get('port', 1883)}" if broker else "none"
+    for key, value in asked.items():
+        if found.get(key, value) != value:
             raise FleetError(
-                f"{path}: says {key} {present[key]!r}, not {value!r}; pass --{key} {present[key]}, or edit the file"
+                f"{path}: says {key} {found[key]!r}, not {value!r}; leave --{key} as it is there, or edit the file"
             )
 
 

@@ -72,7 +72,7 @@ def parse_broker_url(url: str, *, password_file: Path | None = None) -> BrokerAd
     """Read `mqtt://[user@]host[:port]`; a password comes from the first line of a file, never from the URL."""
     parts = urlsplit(url)
     if parts.scheme != "mqtt" or parts.path.strip("/") or parts.query or parts.fragment:
-        raise MonitorError(f"broker {parts.scheme}://{parts.hostname or ''}: expected mqtt://[user@]host[:port]")
+        raise MonitorError(f"broker {url.rpartition('@')[2]!r}: expected mqtt://[user@]host[:port]")
     if parts.password is not None:
         raise MonitorError(f"broker {parts.hostname}: a password in a URL can be read by others; put it in a file")
     try:
@@ -84,6 +84,14 @@ def parse_broker_url(url: str, *, password_file: Path | None = None) -> BrokerAd
     return BrokerAddress(
         hostname=parts.hostname, port=port, username=parts.username, password=_read_password(password_file)
     )
+
+
+def check_broker_choice(choice: str) -> None:
+    """Refuse what is neither a kind of broker nor a URL, before anything is started."""
+    if "://" in choice:
+        parse_broker_url(choice)
+    elif choice not in KINDS:
+        raise MonitorError(f"broker kind {choice!r} is unknown; kinds are {', '.join(KINDS)}, or give mqtt://HOST:PORT")
 
 
 def bind_port(what: str, hostname: str, port: int) -> socket.socket:

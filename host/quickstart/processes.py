@@ -1,5 +1,6 @@
 """Board and monitor as their own processes, ended with the quickstart whatever happens."""
 
+import fcntl
 import json
 import os
 import signal
@@ -84,6 +85,24 @@ def managed_process(
             stop(process)
     if process.returncode not in (0, -signal.SIGTERM, -signal.SIGKILL):
         print(f"note: {name} ended with exit code {process.returncode}; see {log}", file=sys.stderr)
+
+
+@contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Hold a run's directory: a second quickstart must not take the board away from under the first.
+
+    Raises:
+        HostError: another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HostError(
+                f"{directory}: another quickstart is running there; end it first, or name another place with --runs"
+            ) from error
+        yield
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:

@@ -19,10 +19,11 @@ from device.contract.files import write_atomic
 from host.errors import FleetError, QuickstartError
 from host.machine import describe_machine
 from host.memory import TreeMemory
+from host.monitor.broker import check_broker_choice
 from host.pipeline import Report, stage_metrics
 from host.quickstart.field import FieldTrial, fresh_directory, run_trial
 from host.quickstart.metrics import missed_bounds, quickstart_metrics
-from host.quickstart.processes import DeviceCommand, agent_process, find_device_python, monitor_process
+from host.quickstart.processes import DeviceCommand, agent_process, find_device_python, monitor_process, only_one
 from host.quickstart.story import summary, write_report
 from host.recipe import Recipe, builtin_recipe
 from host.stages.data import load_split
@@ -56,8 +57,9 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
         signal.signal(number, _interrupt)
     started = time.monotonic()
     python = find_device_python(config.device_python)
+    check_broker_choice(config.broker)
     recipe = quickstart_recipe(seed=config.seed, short=config.short)
-    with closing(StageLines()) as lines, TreeMemory() as memory:
+    with only_one(config.runs / recipe.name), closing(StageLines()) as lines, TreeMemory() as memory:
         directory = run_recipe(recipe, config.runs, until=ORDER[-1], report=lines)
         bundle = directory / "export" / bundle_name(recipe)
         host_seconds = time.monotonic() - started
@@ -127,5 +129,6 @@ def _keep_running(page: str, agent: "Popen[bytes]") -> None:
     try:
         agent.wait()
     except KeyboardInterrupt:
+        print("board and monitor are being stopped", flush=True)
         return
     raise FleetError("the agent ended by itself; see agent.log beside the board's directory")

@@ -76,7 +76,7 @@ def summary(metrics: dict[str, Any], report: Path) -> str:
             f"  Core ML equals PyTorch   {metrics['coreml_argmax_agreement']:7.2%}   float16, evaluated from the saved program",
             f"  ten classes, before      {metrics['all_accuracy_before']:7.2%}   8 and 9 are unknown to the board",
             f"  ten classes, after       {metrics['all_accuracy_after']:7.2%}   {LABELS_PER_CLASS} + {LABELS_PER_CLASS} labels; it keeps features, no image",
-            f"  old classes lost         {metrics['old_classes_drop']:7.2%}   points of accuracy",
+            f"  old classes, change      {-100 * metrics['old_classes_drop']:+7.2f}   points of accuracy",
             f"  bad updates refused      {metrics['bad_updates_refused']:7.2%}   wrong key, damaged, broken inside",
             f"  {metrics['seconds']:.0f} s; report: {report}",
         ]
@@ -96,7 +96,7 @@ def _headlines(metrics: dict[str, Any]) -> list[Headline]:
             caption="ten classes after the lesson",
             good=metrics["all_accuracy_after"] >= 0.94,
         ),
-        Headline(value=f"{100 * drop:.1f} pt", caption="lost on old classes", good=drop <= 0.01),
+        Headline(value=f"{-100 * drop:+.1f} pt", caption="change on old classes", good=drop <= 0.01),
         Headline(
             value=f"{metrics['tflite_argmax_agreement']:.1%}",
             caption="TFLite answers as PyTorch",

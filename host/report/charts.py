@@ -103,7 +103,7 @@ def latency_histogram(latencies_ms: dict[str, Sequence[float]]) -> str:
 
 
 def event_timeline(events: Sequence[tuple[float, str, str]]) -> str:
-    """Draw events as (seconds since the board was switched on, kind, short text)."""
+    """Draw events as (seconds since the first one, kind, short text)."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 0.42 * max(len(events), 3) + 0.6))
         axes = figure.add_subplot()
@@ -115,10 +115,10 @@ def event_timeline(events: Sequence[tuple[float, str, str]]) -> str:
                 f"{kind}  {text}", (seconds, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8.5
             )
         last = max((seconds for seconds, _, _ in events), default=1.0)
-        axes.set_xlim(0, last * 1.9 + 0.1)
+        axes.set_xlim(-0.02 * last, last * 1.6 + 0.1)
         axes.set_ylim(len(events) - 0.4, -0.6)
         axes.set_yticks([])
-        axes.set_xlabel("seconds since the board was switched on")
+        axes.set_xlabel("seconds since the board's first event")
         axes.spines["left"].set_visible(False)
         figure.tight_layout()
         return _svg(figure)

@@ -18,8 +18,10 @@ def run_recipe(recipe: Recipe, runs: Path, *, until: str, report: Report) -> Pat
     directory = runs / recipe.name
     upstream = ""
     for name in ORDER[: ORDER.index(until) + 1]:
-        upstream = run_stage(_stage(name, recipe, directory, report), directory, upstream=upstream)
-        report(name, 1, 1, "done")
+        worked: list[str] = []
+        upstream = run_stage(_stage(name, recipe, directory, report, worked), directory, upstream=upstream)
+        if not worked:
+            report(name, 1, 1, "finished before, not repeated")
     return directory
 
 
@@ -32,7 +34,7 @@ def _require_room(recipe: Recipe) -> None:
         )
 
 
-def _stage(name: str, recipe: Recipe, directory: Path, report: Report) -> Stage:
+def _stage(name: str, recipe: Recipe, directory: Path, report: Report, worked: list[str]) -> Stage:
     table = to_table(recipe)
     common = {key: table[key] for key in ("seed", "data", "model", "task")}
     if name == "train":
@@ -41,7 +43,12 @@ def _stage(name: str, recipe: Recipe, directory: Path, report: Report) -> Stage:
         inputs = {**common, "quantize": table["quantize"], "continual": table["continual"]}
     else:
         inputs = {**table, "board_profiles": [to_table(load_board(board)) for board in recipe.export.boards]}
-    return Stage(name=name, inputs=inputs, work=lambda out: _work(name, recipe, directory, out, report))
+
+    def work(out: Path) -> dict[str, object]:
+        worked.append(name)
+        return _work(name, recipe, directory, out, report)
+
+    return Stage(name=name, inputs=inputs, work=work)
 
 
 def _work(name: str, recipe: Recipe, directory: Path, out: Path, report: Report) -> dict[str, object]:

@@ -68,7 +68,7 @@ export class Chart {
         { ...common, size: 62, space: 36, incrs: this.spec.whole ? wholeSteps : undefined, values: (plot, splits) => splits.map((v) => this.tick(v)) },
       ],
       series: [{}, ...this.lines.map((line, i) => ({
-        stroke: lineColor(i), width: 1.6, points: { show: false }, fill: single ? `${lineColor(0)}1c` : undefined,
+        stroke: lineColor(i), width: 1.6, points: { show: this.data[0].length < 40, size: 4 }, fill: single ? `${lineColor(0)}1c` : undefined,
       }))],
       hooks: { setCursor: [(plot) => this.write(plot.cursor.idx)], drawClear: [(plot) => this.drawMarkers(plot)] },
     }, this.data, this.plotBox);
