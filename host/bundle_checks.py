@@ -22,7 +22,7 @@ from host.recipe import Recipe
 from host.stages.data import base_test_images, load_model, load_split
 from host.stages.features import tflite_features, torch_features
 from host.stages.head import load_head
-from host.stages.proof import INFER_PATH, Proof, Reference, prove_coreml, prove_infer, prove_tflite
+from host.stages.proof import INFER_PATH, MIN_AGREEMENT, Proof, Reference, prove_coreml, prove_infer, prove_tflite
 
 CHECK_COLUMNS = (
     "artifact",
