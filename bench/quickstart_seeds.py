@@ -57,13 +57,13 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _row(seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    costs = {name: round(metrics[name]) for name in ("seconds", "peak_memory_mb")}
+    return {"seed": str(seed)} | {name: metrics[name] for name in SHARES} | costs
+
+
 def main(seeds: list[int]) -> int:
-    rows = []
-    for seed in seeds:
-        metrics = run_quickstart(QuickstartConfig(seed=seed, runs=RUNS))
-        rows.append(
-            {"seed": str(seed)} | {name: metrics[name] for name in SHARES} | {"seconds": round(metrics["seconds"])}
-        )
+    rows = [_row(seed, run_quickstart(QuickstartConfig(seed=seed, runs=RUNS))) for seed in seeds]
     rows.append(
         {"seed": "mean"} | {name: mean(row[name] for row in rows) for name in (*SHARES, "seconds", "peak_memory_mb")}
     )
