@@ -29,6 +29,7 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
 RUNS = Path("runs")
+INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click and exports no public name for this class
 
 
@@ -251,20 +252,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; our own errors become one line on stderr and their exit code."""
     from converters.errors import ConversionError
 
+    arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        status = app(
-            args=(sys.argv[1:] if argv is None else argv) or ["--help"], prog_name="fieldvit", standalone_mode=False
-        )
+        status = app(args=arguments, prog_name="fieldvit", standalone_mode=False)
     except (HostError, DeviceError, ConversionError) as error:
         return _fail(str(error), error.exit_code)
     except typer.Exit as error:
-        return error.exit_code
+        status = error.exit_code
     except _UsageError as error:
         return _fail(f"{error.format_message()} (see '{_command_path(error)} --help')", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; run the same command again, finished stages are kept", 130)
+        status = INTERRUPTED
     except OSError as error:
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 74)
+    if status == INTERRUPTED:  # Typer turns Ctrl-C into this status without a word
+        return _fail("interrupted; run the same command again, finished stages are kept", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 
