@@ -1,7 +1,7 @@
-"""The deploy form of a model: NHWC in, features out, evaluation mode.
+"""What converters see of a model: NHWC in, features out, evaluation mode.
 
-BatchNorm stays a layer here. Both converters fold it into the convolution before it (a test counts the operations), and
-folding it ourselves would need a trace to know which convolution that is.
+Give them the model's `deploy()`: there norms are folded and no tensor is above rank 4. What has no `deploy()` is
+converted as it is.
 """
 
 from collections.abc import Callable, Iterator

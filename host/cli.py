@@ -216,6 +216,33 @@ def boards(as_json: JsonOption = False) -> None:
     _print_table(columns, rows, {"boards": [to_table(board) for board in profiles]} if as_json else None)
 
 
+models_app = typer.Typer(help="List the models, or draw one.", epilog="Example: fieldvit models --json")
+app.add_typer(models_app, name="models")
+
+
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List every model that a recipe can name, with its size; `models show NAME` draws one."""
+    if context.invoked_subcommand:
+        return
+    from host.model_list import COLUMNS, model_records, model_rows
+
+    _print_table(COLUMNS, model_rows(), {"models": model_records()} if as_json else None)
+
+
+@models_app.command("show", epilog="Example: fieldvit models show nextvit/s")
+def show_model(
+    name: Annotated[str, typer.Argument(help="FAMILY/VARIANT.", show_default=False)], as_json: JsonOption = False
+) -> None:
+    """Draw a model from image to logits: its stages with their shapes, parameters and MACs."""
+    from host.model_list import show_lines, show_record
+
+    if as_json:
+        print(json.dumps(show_record(name), indent=1))
+    else:
+        print(*show_lines(name), sep="\n")
+
+
 @app.command(epilog="Example: fieldvit doctor")
 def doctor(as_json: JsonOption = False) -> None:
     """Check this machine: interpreter, packages, broker, disk, ports; each finding says what to do."""

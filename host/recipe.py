@@ -37,10 +37,19 @@ class DataSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A family and a variant, as `host.models` lists them."""
+    """A family and a variant, as `fieldvit models` lists them.
+
+    `pretrained` starts from published weights: from the safetensors file `weights`, or where none is named from the hub.
+    """
 
     family: str
     variant: str
+    pretrained: bool = False
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weights and not self.pretrained:
+            raise RecipeError(f"model.weights = {self.weights!r} is only read with model.pretrained = true; add it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,11 @@
 """A small convolutional network: quick to train, the teacher of the small EfficientFormer."""
 
+from typing import Self
+
 from torch import Tensor, nn
+
+from host.models.deploy import fold_batch_norms, inference_copy
+from host.models.entry import ModelEntry
 
 
 class CNN(nn.Module):
@@ -13,7 +18,7 @@ class CNN(nn.Module):
 
     def __init__(self, *, num_classes: int, in_chans: int, width: int = 32) -> None:
         super().__init__()
-        self.feature_dim = 4 * width
+        self.in_chans, self.feature_dim = in_chans, 4 * width
         self.blocks = nn.Sequential(
             nn.AvgPool2d(2),  # [B, C, 16, 16]
             _conv_block(in_chans, width),
@@ -32,6 +37,29 @@ class CNN(nn.Module):
     def forward(self, images_nchw: Tensor) -> Tensor:
         return self.head(self.forward_features(images_nchw))  # [B, K]
 
+    def deploy(self) -> Self:
+        """The inference form: batch norms folded."""
+        model = inference_copy(self)
+        fold_batch_norms(model, self.head.weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
+        return model
+
 
 def _conv_block(in_chans: int, out_chans: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_chans, out_chans, 3, padding=1, bias=False), nn.BatchNorm2d(out_chans), nn.ReLU())
+
+
+ENTRIES = (
+    ModelEntry(
+        family="cnn",
+        variant="small",
+        build=CNN,
+        image_size=32,
+        summary="small CNN, the teacher of the quickstart",
+        paper="",
+        parameters=140_458,
+        macs=7_152_896,
+        is_exact=False,
+        num_classes=10,
+        in_chans=1,
+    ),
+)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 Model = TypeVar("Model", bound=nn.Module)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 _COMPUTE = (nn.Conv2d, nn.Linear)
 
 
@@ -36,6 +37,30 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule called `name`, a dotted path."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer that holds copies of `weight` [O, I] and `bias` [O], without gradients; draws nothing."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return layer
+
+
+@torch.no_grad()
+def absorb_affine(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
+    """A copy of a linear layer or 1 x 1 convolution that does what `scale` and `shift` [I] before it did.
+
+    W diag(scale) and b + W shift, computed in float64; the copy has a bias in any case.
+    """
+    matrix = layer.weight.double().flatten(1)  # [O, I]
+    bias = matrix @ shift.double() + (0 if layer.bias is None else layer.bias.double())
+    absorbed = copy.deepcopy(layer)
+    absorbed.weight.copy_((matrix * scale.double()).reshape(layer.weight.shape))
+    absorbed.bias = nn.Parameter(bias.to(layer.weight), requires_grad=False)
+    return absorbed
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ labels, the other a teacher. Their logits are averaged at inference, which is on
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
+from host.models.deploy import make_linear
 from host.models.entry import StateDict
 
 TIMM_HEADS = {"head.fc.": "head.", "head.": "head.classes.", "head_dist.": "head.teacher."}
@@ -31,17 +31,10 @@ class DistillationHeads(nn.Module):
         return self.classes(features), self.teacher(features)
 
     def merged(self) -> nn.Linear:
-        """One linear head with the same output."""
-        return merge_linear([self.classes, self.teacher])
-
-
-def merge_linear(heads: list[nn.Linear]) -> nn.Linear:
-    """Average linear heads on the same features into one, computed in float64."""
-    merged = nn.Linear(heads[0].in_features, heads[0].out_features).to(heads[0].weight)
-    with torch.no_grad():
-        merged.weight.copy_(torch.stack([head.weight.double() for head in heads]).mean(dim=0))
-        merged.bias.copy_(torch.stack([head.bias.double() for head in heads]).mean(dim=0))
-    return merged
+        """One linear head with the same output, averaged in float64."""
+        weight = (self.classes.weight.double() + self.teacher.weight.double()) / 2
+        bias = (self.classes.bias.double() + self.teacher.bias.double()) / 2
+        return make_linear(weight.to(self.classes.weight), bias.to(self.classes.bias))
 
 
 def renamed(state: StateDict, prefixes: Mapping[str, str]) -> dict[str, Tensor]:

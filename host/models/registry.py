@@ -1,48 +1,28 @@
-"""Models by family and variant."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""Models by family and variant. Each family lists its own; this puts them together."""
 
 import torch
 from torch import nn
 
 from host.errors import ModelError
-from host.models.cnn import CNN
-from host.models.efficientformer import field_32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """One model: `build` takes `num_classes` and `in_chans`; images are `image_size` pixels square."""
-
-    family: str
-    variant: str
-    image_size: int
-    summary: str
-    build: Callable[..., nn.Module]
-
-    @property
-    def name(self) -> str:
-        """FAMILY/VARIANT, as messages and `fieldvit models` show it."""
-        return f"{self.family}/{self.variant}"
-
-
-_ENTRIES = (
-    ModelEntry(
-        family="cnn", variant="small", image_size=32, summary="small CNN, the teacher of the quickstart", build=CNN
-    ),
-    ModelEntry(
-        family="efficientformer",
-        variant="field-32",
-        image_size=32,
-        summary="our small EfficientFormer for 32-pixel images; 256 features from two depths",
-        build=field_32,
-    ),
+from host.models import (
+    cnn,
+    deit,
+    efficientformer,
+    efficientformerv2,
+    gcab,
+    mobileformer,
+    mobilevit,
+    nextvit,
+    ninformer,
 )
+from host.models.entry import ModelEntry
+
+_FAMILIES = (efficientformer, efficientformerv2, nextvit, ninformer, mobilevit, mobileformer, deit, gcab, cnn)
+_ENTRIES = tuple(entry for family in _FAMILIES for entry in family.ENTRIES)
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """All models, by name."""
+    """All models, family by family."""
     return _ENTRIES
 
 
@@ -50,13 +30,16 @@ def find_model(family: str, variant: str) -> ModelEntry:
     """The entry of that name.
 
     Raises:
-        ModelError: there is none; the message lists the names there are.
+        ModelError: there is none; the message lists the families, or the family's variants.
     """
     for entry in _ENTRIES:
         if (entry.family, entry.variant) == (family, variant):
             return entry
-    known = ", ".join(entry.name for entry in _ENTRIES)
-    raise ModelError(f"no model {family}/{variant}; choose one of {known}")
+    variants = [entry.variant for entry in _ENTRIES if entry.family == family]
+    if variants:
+        raise ModelError(f"no model {family}/{variant}; variants of {family} are {', '.join(variants)}")
+    families = ", ".join(dict.fromkeys(entry.family for entry in _ENTRIES))
+    raise ModelError(f"no model {family}/{variant}; families are {families}; 'fieldvit models' lists all")
 
 
 def create_model(family: str, variant: str, *, num_classes: int, in_chans: int, seed: int = 0) -> nn.Module:

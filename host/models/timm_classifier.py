@@ -46,6 +46,7 @@ class TimmClassifier(nn.Module):
         if isinstance(model.head, DistillationHeads):
             model.head = model.head.merged()
         model.rewrite_backbone()
+        model.eval()  # modules are made in training mode
         weight = next(model.parameters())
         fold_batch_norms(model, weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
         return model

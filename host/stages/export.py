@@ -155,9 +155,10 @@ def _golden_frames(split: ImageSplits) -> np.ndarray:
 
 def _add_coreml(draft: _Draft, model: nn.Module, head: LinearHead) -> None:
     path, spec = draft.out / COREML_PATH, draft.spec
-    head.bake_into(model)
+    deployed = model.deploy()
+    head.bake_into(deployed)
     shape = (1, spec.height, spec.width, spec.channels)
-    coreml.convert(model, shape, path, input_spec_metadata=to_table(spec), labels=draft.split.base_names)
+    coreml.convert(deployed, shape, path, input_spec_metadata=to_table(spec), labels=draft.split.base_names)
     proof = prove_coreml(path, draft.reference)
     proof.require("coreml")
     draft.coreml = CoreMLArtifact(

@@ -5,6 +5,7 @@ from pathlib import Path
 from device.contract.board import load_board
 from device.contract.records import to_table
 from host.errors import RecipeError
+from host.files import sha256_of
 from host.pipeline import Report, Stage, run_stage
 from host.recipe import Recipe
 from host.stages.data import load_split
@@ -38,7 +39,7 @@ def _stage(name: str, recipe: Recipe, directory: Path, report: Report, worked: l
     table = to_table(recipe)
     common = {key: table[key] for key in ("seed", "data", "model", "task")}
     if name == "train":
-        inputs = {**common, "train": table["train"], "distill": table["distill"]}
+        inputs = {**common, "train": table["train"], "distill": table["distill"], "weights": _digest(recipe)}
     elif name == "quantize":
         inputs = {**common, "quantize": table["quantize"], "continual": table["continual"]}
     else:
@@ -49,6 +50,16 @@ def _stage(name: str, recipe: Recipe, directory: Path, report: Report, worked: l
         return _work(name, recipe, directory, out, report)
 
     return Stage(name=name, inputs=inputs, work=work)
+
+
+def _digest(recipe: Recipe) -> str:
+    """What the file of pretrained weights holds: another file of the same name is trained from again."""
+    if not recipe.model.weights:
+        return ""
+    path = Path(recipe.model.weights)
+    if not path.is_file():
+        raise RecipeError(f"model.weights: {path} is not a file; name a safetensors file")
+    return sha256_of(path)
 
 
 def _work(name: str, recipe: Recipe, directory: Path, out: Path, report: Report) -> dict[str, object]:

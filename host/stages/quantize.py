@@ -40,7 +40,7 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     float_path, int8_path = out / artifact_path(FLOAT), out / artifact_path(INT8)
     report("quantize", 0, 3, "TFLite float32")
     shape = (1, spec.height, spec.width, spec.channels)
-    convert_float(model, shape, recipe.continual.max_classes, float_path, input_spec=to_table(spec))
+    convert_float(model.deploy(), shape, recipe.continual.max_classes, float_path, input_spec=to_table(spec))
     report("quantize", 1, 3, "TFLite int8")
     rng = np.random.default_rng(recipe.seed)
     chosen = rng.permutation(len(split.train.images))[: recipe.quantize.calibration_images]

@@ -11,7 +11,8 @@ from torch import nn
 from device.preprocess import preprocess
 from host.distill.soft import SoftDistillation
 from host.models.checkpoint import save_model
-from host.models.registry import create_model
+from host.models.pretrained import load_pretrained
+from host.models.registry import create_model, find_model
 from host.pipeline import Report
 from host.recipe import Recipe
 from host.stages.data import input_spec, load_split
@@ -33,6 +34,8 @@ def train(recipe: Recipe, out: Path, report: Report) -> Mapping[str, Any]:
     images = preprocess(split.train.images, spec)
     shape = {"num_classes": len(split.base_names), "in_chans": spec.channels, "seed": recipe.seed}
     model = create_model(recipe.model.family, recipe.model.variant, **shape)
+    if recipe.model.pretrained:
+        _load_pretrained(model, recipe, report)
     methods: dict[str, Any] = {}
     if recipe.distill:
         teacher = create_model(recipe.distill.teacher, "small", **shape)
@@ -51,6 +54,12 @@ def train(recipe: Recipe, out: Path, report: Report) -> Mapping[str, Any]:
     metrics = fit(model, images, split.train.labels, recipe.train, seed=recipe.seed, on_epoch=on_epoch, **methods)
     save_model(model, out / WEIGHTS)
     return {"final_loss": metrics[-1].loss, "parameters": _parameters(model)}
+
+
+def _load_pretrained(model: nn.Module, recipe: Recipe, report: Report) -> None:
+    path = Path(recipe.model.weights) if recipe.model.weights else None
+    report("train", 0, recipe.train.epochs, f"weights from {path or 'the hub'}")
+    load_pretrained(model, find_model(recipe.model.family, recipe.model.variant), path)
 
 
 def _distillation(recipe: Recipe) -> SoftDistillation:

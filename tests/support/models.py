@@ -30,6 +30,20 @@ def _draw(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return noise * tensor[0].numel() ** -0.5
 
 
+def settle_norms(model: nn.Module, images_nchw: Tensor) -> nn.Module:
+    """Take the statistics of batch norms from images, as training leaves them; drawn ones let deep models overflow."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(images_nchw)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.train().eval()
+
+
 def make_images(count: int, size: int, channels: int = 3, seed: int = 1) -> Tensor:
     """Random images [B, C, H, W]."""
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
