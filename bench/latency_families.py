@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def list_jobs() -> list[Job]:
     """One per published variant."""
     return [
-        Job(key={"model": entry.name}, settings={"peers": PEERS}, defined_by=_digest(entry))
+        Job(key={"model": entry.name}, settings={"peers": PEERS}, defined_by=digest_files(*sources(entry)))
         for entry in registry.list_models()
         if entry.is_exact
     ]
@@ -150,9 +150,10 @@ def _convert_peers(directory: Path) -> dict[str, Path]:
     return paths
 
 
-def _digest(entry: ModelEntry) -> str:
+def sources(entry: ModelEntry) -> list[Path]:
+    """The files that define a model and its inference form."""
     names = (*SOURCES.get(entry.family, (entry.family,)), "deploy", "heads", "timm_classifier")
-    return digest_files(*(MODELS / f"{name}.py" for name in names))
+    return [MODELS / f"{name}.py" for name in names]
 
 
 def _notes(rows: Sequence[Row]) -> str:

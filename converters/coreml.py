@@ -38,6 +38,7 @@ def convert(
     *,
     input_spec_metadata: Mapping[str, Any],
     labels: Sequence[str],
+    is_half: bool = True,
 ) -> Path:
     """Convert a backbone with its base head to a `.mlpackage` directory, replacing an older one.
 
@@ -47,6 +48,7 @@ def convert(
         path: the package directory, ending in `.mlpackage`.
         input_spec_metadata: pre-processing facts, stored as user metadata `fieldvit.input`.
         labels: class names in the order of the logits, stored as user metadata `fieldvit.labels`.
+        is_half: compute in float16, as the Neural Engine does; else in float32, which takes CPU or GPU.
 
     Raises:
         ConversionError: the model does not fit, or coremltools refused it.
@@ -57,7 +59,7 @@ def convert(
     with quiet():
         import coremltools as ct
 
-        package = _convert(ct, model, input_shape)
+        package = _convert(ct, model, input_shape, is_half)
     package.user_defined_metadata["fieldvit.input"] = canonical_json(dict(input_spec_metadata)).decode()
     package.user_defined_metadata["fieldvit.labels"] = canonical_json(list(labels)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def canonicalise(package: Path) -> None:
         os.chmod(file, 0o644)
 
 
-def _convert(ct: Any, model: nn.Module, input_shape: tuple[int, int, int, int]) -> Any:
+def _convert(ct: Any, model: nn.Module, input_shape: tuple[int, int, int, int], is_half: bool) -> Any:
     image = torch.zeros(input_shape)
     with evaluating(model):
         try:
@@ -104,7 +106,7 @@ def _convert(ct: Any, model: nn.Module, input_shape: tuple[int, int, int, int]) 
                 exported,
                 convert_to="mlprogram",
                 minimum_deployment_target=ct.target.iOS17,
-                compute_precision=ct.precision.FLOAT16,
+                compute_precision=ct.precision.FLOAT16 if is_half else ct.precision.FLOAT32,
                 inputs=[ct.TensorType("images", shape=tuple(input_shape), dtype=np.float32)],
                 outputs=[ct.TensorType("features", dtype=np.float32), ct.TensorType("logits", dtype=np.float32)],
                 skip_model_load=True,
