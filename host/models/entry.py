@@ -28,6 +28,7 @@ class ModelEntry:
         num_classes, in_chans: of the published configuration.
         timm_name: timm's name of the same model, whose weights this one loads; empty where timm has none.
         from_timm: gives timm's weights the names that this model has.
+        float_scopes: regular expressions on tensor names, of the parts that stay float32 in an int8 file.
     """
 
     family: str
@@ -44,6 +45,7 @@ class ModelEntry:
     task: str = "classify"
     timm_name: str = ""
     from_timm: Callable[[StateDict], dict[str, Tensor]] = _same_names
+    float_scopes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

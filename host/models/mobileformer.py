@@ -35,6 +35,7 @@ from host.models.deploy import fold_batch_norms, inference_copy
 from host.models.entry import ModelEntry
 
 PAPER = "arXiv:2108.05895"
+FLOAT_SCOPES = ("DynamicReLU",)
 BRIDGE_HEADS = 2
 FORMER_HEADS = 4
 SQUEEZE = 4  # D / hidden width of the network that computes slopes
@@ -117,8 +118,8 @@ class FormerToMobile(nn.Module):
 class DynamicReLU(nn.Module):
     """max(a1 x, a2 x) on [B, C, H, W], with slopes per channel that a token [B, D] sets: a1 in 0..2, a2 in -1..1.
 
-    Slopes of 1 and 0, near which training starts, are a ReLU. XNNPACK has no int8 maximum: `float_scopes` of an int8
-    file should name this class, which makes field-64 one partition instead of 14.
+    Slopes of 1 and 0, near which training starts, are a ReLU. XNNPACK has no int8 maximum: kept float32 in an
+    int8 file (`FLOAT_SCOPES`), field-64 is one partition instead of 14.
     Source: Chen et al. 2020, arXiv:2003.10027, here without intercepts.
     """
 
@@ -535,6 +536,7 @@ def _entry(variant: str, parameters: int, macs: int) -> ModelEntry:
         image_size=224,
         summary=f"Mobile-Former-{variant.upper()}; {len(sizes['rows']) - 1} blocks with {tokens}",
         paper=PAPER,
+        float_scopes=FLOAT_SCOPES,
         parameters=parameters,
         macs=macs,
         is_exact=True,
@@ -556,6 +558,7 @@ ENTRIES: tuple[ModelEntry, ...] = (
         image_size=64,
         summary="our small Mobile-Former for 64-pixel images; 6 blocks with 4 tokens of 96",
         paper=PAPER,
+        float_scopes=FLOAT_SCOPES,
         parameters=1_142_100,
         macs=14_278_144,
         is_exact=False,
@@ -568,6 +571,7 @@ ENTRIES: tuple[ModelEntry, ...] = (
         image_size=32,
         summary="our small Mobile-Former for 32-pixel images; 4 blocks with 3 tokens of 64",
         paper=PAPER,
+        float_scopes=FLOAT_SCOPES,
         parameters=395_194,
         macs=3_531_520,
         is_exact=False,

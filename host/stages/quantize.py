@@ -14,6 +14,7 @@ from converters.tflite import convert_float, quantize_static
 from device.contract.records import to_table
 from device.preprocess import preprocess
 from host.errors import TrainingError
+from host.models.registry import find_model
 from host.pipeline import Report
 from host.recipe import Recipe
 from host.stages.data import input_spec, load_model, load_split
@@ -44,7 +45,8 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     report("quantize", 1, 3, "TFLite int8")
     rng = np.random.default_rng(recipe.seed)
     chosen = rng.permutation(len(split.train.images))[: recipe.quantize.calibration_images]
-    quantize_static(float_path, preprocess(split.train.images[chosen], spec), int8_path)
+    scopes = find_model(recipe.model.family, recipe.model.variant).float_scopes
+    quantize_static(float_path, preprocess(split.train.images[chosen], spec), int8_path, float_scopes=scopes)
     report("quantize", 2, 3, "accuracy in LiteRT")
     for path in (float_path, int8_path):
         assert_builtin_ops(path)

@@ -108,6 +108,14 @@ def test_logits_are_those_of_the_linear_head(dtype):
     np.testing.assert_allclose(slda.logits(features.astype(dtype)), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_answers_survive_float16_where_classes_have_much_in_common():
+    """Features far from zero give every class the same large logit; on a phone only differences may be left of it."""
+    features, labels = gaussians(60, 5, seed=7)
+    features = (features + 300).astype(np.float32)
+    logits = learned(features, labels, num_classes=5).logits(features)
+    assert (logits.astype(np.float16).argmax(axis=1) == logits.argmax(axis=1)).mean() >= 0.99
+
+
 def test_untaught_class_cannot_win_and_taught_class_can():
     features, labels = gaussians(20, 4, seed=3)
     slda = learned(features[labels < 3], labels[labels < 3])
