@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import host.models  # noqa: F401  repairs torchvision before timm
-from bench import claims, latency_families, small_claims
-from bench.claims import CLAIMS, INCOMPLETE, NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, VERDICTS
+from bench import claim_checks, claims, latency_families, small_claims
+from bench.claim_checks import INCOMPLETE, NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, VERDICTS
+from bench.claims import CLAIMS
 from bench.ninformer_cifar10 import CIFAR, DROPOUT, MNIST, OURS
 from bench.small_claims import BUILDERS, HYBRID, MIXER, PIXELS, SEEDS, TRAINING, list_jobs
 
@@ -71,17 +72,17 @@ def test_what_cannot_be_tested_says_why():
         finding = check()
         assert finding.verdict == NOT_TESTABLE
         assert finding.why.startswith("needs ")
-    assert claims.check_reserved_fraction().why
+    assert claim_checks.check_reserved_fraction().why
 
 
 @pytest.mark.parametrize(
     "check",
     [
-        claims.check_folding,
-        claims.check_separable_attention,
-        claims.check_permutation,
-        claims.check_zero_forgetting,
-        lambda: claims.check_sizes("ninformer", others=claims.ninformer_sizes),
+        claim_checks.check_folding,
+        claim_checks.check_separable_attention,
+        claim_checks.check_permutation,
+        claim_checks.check_zero_forgetting,
+        lambda: claim_checks.check_sizes("ninformer", others=claim_checks.ninformer_sizes),
     ],
 )
 def test_quick_checks_find_the_claim_reproduced(check):
@@ -91,12 +92,12 @@ def test_quick_checks_find_the_claim_reproduced(check):
 
 
 def test_a_size_that_differs_is_named():
-    finding = claims.check_sizes("ninformer", others=lambda: {"heads": (4, 5)})
+    finding = claim_checks.check_sizes("ninformer", others=lambda: {"heads": (4, 5)})
     assert (finding.verdict, finding.why) == (NOT_REPRODUCED, "heads")
 
 
 def test_dense_model_is_exact_but_for_the_embedding():
-    finding = claims.check_dense_model()
+    finding = claim_checks.check_dense_model()
     assert finding.verdict == NOT_REPRODUCED
     assert "LayerNorm" in finding.why
 
@@ -112,7 +113,7 @@ def test_dense_model_is_exact_but_for_the_embedding():
     ],
 )
 def test_ninformer_is_judged_by_every_seed(rows, verdict):
-    finding = claims.judge_ninformer(rows, rivals=RIVALS)
+    finding = claim_checks.judge_ninformer(rows, rivals=RIVALS)
     assert finding.verdict == verdict
     assert (finding.why is None) == (verdict == REPRODUCED)
 
@@ -128,7 +129,7 @@ def test_ninformer_is_judged_by_every_seed(rows, verdict):
     ],
 )
 def test_latency_must_grow_in_nearly_equal_steps(ratios, verdict):
-    assert claims.judge_increments(latency_rows(*ratios)).verdict == verdict
+    assert claim_checks.judge_increments(latency_rows(*ratios)).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -142,23 +143,23 @@ def test_latency_must_grow_in_nearly_equal_steps(ratios, verdict):
     ],
 )
 def test_attention_must_gain_and_cost(rows, verdict):
-    assert claims.judge_hybrid(rows).verdict == verdict
+    assert claim_checks.judge_hybrid(rows).verdict == verdict
 
 
 def test_pixels_must_cost_accuracy_in_both_models():
     rows = small_rows(PIXELS, v0=0.5, v1=0.5, normalised=0.2)
-    assert claims.judge_pixels(rows).verdict == REPRODUCED
-    assert claims.judge_pixels(rows[:-1]).verdict == INCOMPLETE
-    assert claims.judge_pixels([*rows[:-1], {**rows[-1], "normalised_accuracy": 0.5}]).verdict == NOT_REPRODUCED
+    assert claim_checks.judge_pixels(rows).verdict == REPRODUCED
+    assert claim_checks.judge_pixels(rows[:-1]).verdict == INCOMPLETE
+    assert claim_checks.judge_pixels([*rows[:-1], {**rows[-1], "normalised_accuracy": 0.5}]).verdict == NOT_REPRODUCED
 
 
 def test_mixers_are_judged_by_accuracy_and_parameters():
-    finding = claims.judge_mixers(small_rows(MIXER, v0=0.60, v1=0.61))
+    finding = claim_checks.judge_mixers(small_rows(MIXER, v0=0.60, v1=0.61))
     assert finding.verdict == NOT_REPRODUCED
     assert "L1 grows by 0.22%" in finding.why
     assert "accuracy is lower" not in finding.why
-    assert "accuracy is lower" in claims.judge_mixers(small_rows(MIXER, v0=0.61, v1=0.60)).why
-    assert claims.judge_mixers([]).verdict == INCOMPLETE
+    assert "accuracy is lower" in claim_checks.judge_mixers(small_rows(MIXER, v0=0.61, v1=0.60)).why
+    assert claim_checks.judge_mixers([]).verdict == INCOMPLETE
 
 
 def test_rows_of_another_recipe_do_not_count(tmp_path):
