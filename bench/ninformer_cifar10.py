@@ -274,10 +274,7 @@ def summarize(rows: Sequence[Row]) -> str:
         "`permuted_accuracy` permutes the tokens of all test images alike before the first block. `cpu_minutes` is "
         "time of one core. 10,000 training images and 10 or 4 epochs, not the paper's 100 epochs on all: the order of "
         "the models is compared, not the paper's accuracy. The rivals' sizes are ours; the authors' are not published.",
-        *(_means_table(rows, dataset) for dataset in (CIFAR, MNIST)),
-        f"Claims on {CIFAR}, dropout {DROPOUT}, gaps in accuracy paired by seed; none is judged on fewer than "
-        f"{len(SEEDS)} seeds:",
-        "\n".join(f"- {line}" for line in _claims(rows)),
+        *(part for dataset in (CIFAR, MNIST) for part in (_means_table(rows, dataset), _claims_list(rows, dataset))),
         _fairness(rows),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -316,15 +313,23 @@ def _means_table(rows: Sequence[Row], dataset: str) -> str:
     return "\n".join(lines)
 
 
-def _claims(rows: Sequence[Row]) -> Iterator[str]:
+def _claims_list(rows: Sequence[Row], dataset: str) -> str:
+    head = (
+        f"Claims on {dataset}, dropout {DROPOUT}, gaps in accuracy paired by seed; none is judged on fewer than "
+        f"{len(SEEDS)} seeds:"
+    )
+    return "\n".join([head, "", *(f"- {line}" for line in _claims(rows, dataset))])
+
+
+def _claims(rows: Sequence[Row], dataset: str) -> Iterator[str]:
     for rival in RIVALS:
-        yield f"2, better than {rival}: {_verdict(_gaps(rows, CIFAR, rival))}"
+        yield f"2, better than {rival}: {_verdict(_gaps(rows, dataset, rival))}"
     for ablation in ("NiNformer, sum instead of product", "NiNformer, learned table as gate"):
-        yield f"3, better than {ablation}: {_verdict(_gaps(rows, CIFAR, ablation))}"
-    gaps = _gaps(rows, CIFAR, "NiNformer, no token FF")
+        yield f"3, better than {ablation}: {_verdict(_gaps(rows, dataset, ablation))}"
+    gaps = _gaps(rows, dataset, "NiNformer, no token FF")
     yield f"4, clearly (by {CLEAR_DROP} with every seed) better than without token FF: {_verdict(gaps, CLEAR_DROP)}"
-    changes = list(_by_seed(rows, CIFAR, OURS, "permuted_output_changes").values())
-    permuted = _spread(list(_by_seed(rows, CIFAR, OURS, "permuted_accuracy").values()))
+    changes = list(_by_seed(rows, dataset, OURS, "permuted_output_changes").values())
+    permuted = _spread(list(_by_seed(rows, dataset, OURS, "permuted_accuracy").values()))
     verdict = "incomplete" if len(changes) < len(SEEDS) else "reproduced" if all(changes) else "not reproduced"
     yield f"5, permuted tokens change the output: {verdict}; accuracy then {permuted}, {len(changes)} seeds"
 

@@ -66,15 +66,20 @@ def photos(size: int, channels: int = 3, count: int = 8) -> np.ndarray:
 
 def ranks(model: nn.Module, images_nchw: Tensor) -> set[int]:
     """The ranks of all tensors in a model's exported graph."""
-    graph = torch.export.export(model, (images_nchw,)).run_decompositions({}).graph
-    values = [node.meta.get("val") for node in graph.nodes]
-    return {value.ndim for value in values if isinstance(value, Tensor)}
+    return ranks_and_operations(model, images_nchw)[0]
 
 
 def operations(model: nn.Module, images_nchw: Tensor) -> set[str]:
     """The operations of a model's exported graph, such as `aten.bmm.default`."""
-    graph = torch.export.export(model, (images_nchw,)).run_decompositions({}).graph
-    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    return ranks_and_operations(model, images_nchw)[1]
+
+
+def ranks_and_operations(model: nn.Module, images_nchw: Tensor) -> tuple[set[int], set[str]]:
+    """Both, from one export."""
+    nodes = torch.export.export(model, (images_nchw,)).run_decompositions({}).graph.nodes
+    values = [node.meta.get("val") for node in nodes]
+    names = {str(node.target) for node in nodes if node.op == "call_function"}
+    return {value.ndim for value in values if isinstance(value, Tensor)}, names
 
 
 def relative_error(outputs: Tensor, reference: Tensor) -> float:
