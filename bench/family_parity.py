@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.jobs import Job, Table, digest_files, run_jobs
+from bench.jobs import Job, Table, digest_code, run_jobs
 from bench.latency_families import operators, sources
 from bench.record import Row
 from converters import coreml, gates, tflite
@@ -159,7 +159,7 @@ def _rounded(parity: Parity) -> float:
 
 def _digest(name: str) -> str:
     files = [CONVERTERS / f"{part}.py" for part in ("tflite", "coreml", "prepare")]
-    return digest_files(*sources(find_model(*name.split("/"))), *files)
+    return digest_code(*sources(find_model(*name.split("/"))), *files)
 
 
 _NOTES = """Cosines are the lowest over the photos, of logits; `cosine_between_photos` is the lowest between the logits of

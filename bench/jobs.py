@@ -7,6 +7,7 @@ row stays, out of date, until the new one replaces it. Rows that no job asks for
 Ctrl-C and SIGTERM stop at once: finished rows are in the file, jobs under way are lost.
 """
 
+import ast
 import hashlib
 import json
 import multiprocessing
@@ -35,7 +36,7 @@ class Job:
     Args:
         key: the first columns of the row, which together name it: strings, numbers, booleans or None.
         settings: what else the measurement is told; not shown in the table.
-        defined_by: digest of the code behind it (`digest_files`, or `digest` of what it does).
+        defined_by: digest of the code behind it (`digest_code`, or `digest` of what it does).
     """
 
     key: Mapping[str, Any]
@@ -78,9 +79,22 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:RECIPE_DIGITS]
 
 
-def digest_files(*paths: Path) -> str:
-    """Short SHA-256 of the files' contents, in the order given."""
-    return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
+def digest_code(*paths: Path) -> str:
+    """Short SHA-256 of what Python files say: comments, docstrings and layout do not count."""
+    return digest(*(_code(path) for path in paths))
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def run_jobs(

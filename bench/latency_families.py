@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.jobs import Job, Table, digest_files, run_jobs
+from bench.jobs import Job, Table, digest_code, run_jobs
 from bench.record import Row
 from converters.gates import assert_builtin_ops, partitions
 from converters.prepare import DeployClassifier
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def list_jobs() -> list[Job]:
     """One per published variant."""
     return [
-        Job(key={"model": entry.name}, settings={"peers": PEERS}, defined_by=digest_files(*sources(entry)))
+        Job(key={"model": entry.name}, settings={"peers": PEERS}, defined_by=digest_code(*sources(entry)))
         for entry in registry.list_models()
         if entry.is_exact
     ]

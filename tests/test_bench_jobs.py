@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bench.jobs import Job, Table, digest_files, run_jobs
+from bench.jobs import Job, Table, digest_code, run_jobs
 
 
 def make_jobs(*models: str, defined_by: str = "v1", **settings) -> list[Job]:
@@ -77,13 +77,14 @@ def test_stale_rows_stay_until_replaced_but_are_not_in_the_notes(table):
     assert "1 rows up to date" in (table.directory / "lengths.md").read_text()
 
 
-def test_digest_of_files_follows_their_contents(tmp_path):
+def test_digest_of_code_follows_what_runs(tmp_path):
     path = tmp_path / "model.py"
-    path.write_text("depth = 4\n")
-    before = digest_files(path)
-    assert digest_files(path) == before
-    path.write_text("depth = 5\n")
-    assert digest_files(path) != before
+    path.write_text("def build():\n    return 4\n")
+    before = digest_code(path)
+    path.write_text('"""A model."""\n\n\ndef build():\n    """Build it."""\n    return 4  # blocks\n')
+    assert digest_code(path) == before
+    path.write_text("def build():\n    return 5\n")
+    assert digest_code(path) != before
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(table, capsys):
