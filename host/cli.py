@@ -3,7 +3,9 @@
 Verbs parse, call one function and print. Heavy imports happen inside the verb, so `--help` is quick.
 """
 
+import io
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -224,10 +226,16 @@ app.add_typer(models_app, name="models")
 def models(context: typer.Context, as_json: JsonOption = False) -> None:
     """List every model that a recipe can name, with its size; `models show NAME` draws one."""
     if context.invoked_subcommand:
+        if as_json:
+            raise RecipeError(
+                f"--json belongs behind the verb: fieldvit models {context.invoked_subcommand} NAME --json"
+            )
         return
-    from host.model_list import COLUMNS, model_records, model_rows
+    from host.model_list import COLUMNS, NARROW_COLUMNS, model_records, model_rows
 
-    _print_table(COLUMNS, model_rows(), {"models": model_records()} if as_json else None)
+    shown = NARROW_COLUMNS if _is_narrow() else len(COLUMNS)
+    rows = [row[:shown] for row in model_rows()]
+    _print_table(COLUMNS[:shown], rows, {"models": model_records()} if as_json else None)
 
 
 @models_app.command("show", epilog="Example: fieldvit models show nextvit/s")
@@ -280,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     from converters.errors import ConversionError
 
     arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a sign shows another, not a traceback
     try:
         status = app(args=arguments, prog_name="fieldvit", standalone_mode=False)
     except (HostError, DeviceError, ConversionError) as error:
@@ -320,6 +330,11 @@ def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], as_json:
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _is_narrow() -> bool:
+    """Whether standard output is a terminal of fewer than 130 columns."""
+    return sys.stdout.isatty() and shutil.get_terminal_size().columns < 130
 
 
 def _command_path(error: Any) -> str:

@@ -1,6 +1,7 @@
 """What `fieldvit models` prints: one line per model, or one model drawn stage by stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 from host.errors import ModelError
@@ -8,7 +9,9 @@ from host.models.entry import ModelEntry
 from host.models.measure import Stage, draw_stages
 from host.models.registry import find_model, list_models
 
-COLUMNS = ("model", "task", "input", "parameters", "MACs", "source", "", "summary")
+COLUMNS = ("model", "input", "parameters", "MACs", "", "task", "paper", "summary")
+NARROW_COLUMNS = 5
+"""How many of `COLUMNS` fit into 80 characters."""
 
 
 def model_rows() -> list[tuple[str, ...]]:
@@ -16,12 +19,12 @@ def model_rows() -> list[tuple[str, ...]]:
     return [
         (
             entry.name,
-            entry.task,
             _input(entry),
             f"{entry.parameters:,}",
             _macs(entry.macs),
-            entry.paper or "–",
             _kind(entry),
+            entry.task,
+            entry.paper or "-",
             entry.summary,
         )
         for entry in list_models()
@@ -74,22 +77,40 @@ def show_lines(name: str) -> Iterator[str]:
     """
     entry = _find(name)
     yield f"{entry.name}: {entry.summary}"
-    yield f"{_kind(entry)}, {entry.paper or 'no paper'}; {entry.parameters:,} parameters, {_macs(entry.macs)} MACs"
+    origin = f"a published model, {entry.paper}" if entry.is_exact else f"ours, after {entry.paper or 'no paper'}"
+    yield f"{origin}; {entry.num_classes} classes; {entry.parameters:,} parameters, {_macs(entry.macs)} MACs"
+    if entry.timm_name:
+        yield f"published weights: timm's {entry.timm_name}"
     yield ""
-    stages = draw_stages(entry)
-    names = max(len(stage.name) for stage in stages)
-    contents = max(len(stage.content) for stage in stages)
+    rows = [_draw(stages) for stages in _runs(stage for stage in draw_stages(entry) if stage.parameters)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield f"  {_input(entry):>14}   image"
-    for stage in stages:
-        yield f"  {'│':>14}"
-        yield f"  {_shape(stage):>14}   {stage.name:{names}}   {stage.content:{contents}}   {_cost(stage)}".rstrip()
+    for shape, name, content, parameters, macs in rows:
+        yield f"  {'|':>14}"
+        yield (
+            f"  {shape:>14}   {name:{widths[1]}}   {content:{widths[2]}}   {parameters:>{widths[3]}} parameters   "
+            f"{macs:>{widths[4]}} MACs"
+        )
 
 
 def _find(name: str) -> ModelEntry:
     family, slash, variant = name.partition("/")
-    if not slash or not variant:
+    if not slash and family not in {entry.family for entry in list_models()}:
         raise ModelError(f"{name!r} is no model name; write FAMILY/VARIANT, as 'fieldvit models' lists them")
     return find_model(family, variant)
+
+
+def _runs(stages: Iterable[Stage]) -> list[list[Stage]]:
+    """Consecutive stages that are alike but for their names."""
+    return [list(run) for _, run in groupby(stages, key=lambda s: (s.content, s.output, s.parameters, s.macs))]
+
+
+def _draw(run: list[Stage]) -> tuple[str, ...]:
+    """Shape, name, content, parameters and MACs of one line."""
+    first, last, count = run[0], run[-1], len(run)
+    name = first.name if count == 1 else f"{first.name} to {last.name.rpartition('.')[2]}"
+    content = first.content if count == 1 else f"{count} x {first.content}"
+    return _shape(first), name, content, f"{count * first.parameters:,}", _macs(count * first.macs)
 
 
 def _input(entry: ModelEntry) -> str:
@@ -98,10 +119,6 @@ def _input(entry: ModelEntry) -> str:
 
 def _shape(stage: Stage) -> str:
     return " x ".join(map(str, stage.output))
-
-
-def _cost(stage: Stage) -> str:
-    return f"{stage.parameters:>11,} parameters   {_macs(stage.macs):>7} MACs" if stage.parameters else ""
 
 
 def _macs(macs: int) -> str:

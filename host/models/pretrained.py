@@ -4,6 +4,8 @@ Weights for other classes keep the new head's initial values; weights for colour
 timm does it, by summing the first convolution over its channels.
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from host.errors import ModelError
 from host.models.entry import ModelEntry, StateDict
+
+HEAD = "head."
 
 
 def load_pretrained(model: nn.Module, entry: ModelEntry, path: Path | None = None) -> None:
@@ -35,15 +39,23 @@ def load_pretrained(model: nn.Module, entry: ModelEntry, path: Path | None = Non
             raise ModelError(f"{where} has other names than this model, and timm has no such model to take them from")
         state = entry.from_timm(state)
     fitted = {name: _fit(tensor, own[name]) for name, tensor in state.items() if name in own}
-    kept = {name for name in own if name.startswith("head.")}
-    dropped = {name for name, tensor in fitted.items() if tensor is None}
-    problems = sorted((own.keys() - fitted.keys() - kept) | (state.keys() - own.keys()) | (dropped - kept))
-    if problems:
-        raise ModelError(
-            f"{where} does not fit: {', '.join(problems[:4])}{' and more' if len(problems) > 4 else ''}; "
-            f"give weights of {entry.timm_name or entry.name}"
-        )
+    problem = _misfit(state, own, fitted)
+    if problem:
+        raise ModelError(f"{where} does not fit: {problem}; give weights of {entry.timm_name or entry.name}")
     model.load_state_dict({**own, **{name: tensor for name, tensor in fitted.items() if tensor is not None}})
+
+
+def _misfit(state: StateDict, own: StateDict, fitted: Mapping[str, Tensor | None]) -> str:
+    """What is wrong with weights outside the head, in words; empty where nothing is."""
+    unknown = [name for name in state if name not in own]
+    missing = [name for name in own if name not in fitted and not name.startswith(HEAD)]
+    shapes = [name for name, tensor in fitted.items() if tensor is None and not name.startswith(HEAD)]
+    parts = [f"{len(names)} {what}" for names, what in ((missing, "missing"), (unknown, "unknown")) if names]
+    if shapes:
+        name = shapes[0]
+        example = f"{name} is {list(state[name].shape)} and must be {list(own[name].shape)}"
+        parts.append(f"{len(shapes)} of another shape ({example})")
+    return f"of {len(own)} tensors {', '.join(parts)}" if parts else ""
 
 
 def _fit(tensor: Tensor, own: Tensor) -> Tensor | None:
@@ -58,9 +70,17 @@ def _fit(tensor: Tensor, own: Tensor) -> Tensor | None:
 
 def _from_file(path: Path) -> StateDict:
     try:
+        if path.read_bytes()[:2] in (b"PK", b"\x80\x02"):
+            raise ModelError(
+                f"{path}: a PyTorch checkpoint, which may hold code; load it where you trust it and save it with "
+                "safetensors.torch.save_file(model.state_dict(), FILE)"
+            )
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error}); give the file that timm saved") from error
+        raise ModelError(
+            f"{path}: not a readable safetensors file ({error}); copy it again, or save it with "
+            "safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from error
 
 
 def _from_hub(entry: ModelEntry) -> StateDict:
@@ -68,11 +88,13 @@ def _from_hub(entry: ModelEntry) -> StateDict:
         raise ModelError(f"{entry.name} has no published weights; train it, or name a safetensors file: weights = FILE")
     import timm
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     with torch.random.fork_rng(devices=[]):
         try:
             return timm.create_model(entry.timm_name, pretrained=True).state_dict()
         except Exception as error:  # the hub's client raises its own, requests' and the system's errors
             raise ModelError(
-                f"{entry.name}: the published weights of {entry.timm_name} cannot be fetched from the hub "
-                f"({type(error).__name__}); connect to the network, or name a safetensors file: weights = FILE"
+                f"{entry.name}: the published weights of {entry.timm_name} cannot be fetched from the hub; connect to "
+                f"the network, or fetch model.safetensors of {timm.get_pretrained_cfg(entry.timm_name).hf_hub_id} "
+                "elsewhere and name it: weights = FILE"
             ) from error

@@ -1,5 +1,7 @@
 """Models by family and variant. Each family lists its own; this puts them together."""
 
+import difflib
+
 import torch
 from torch import nn
 
@@ -35,11 +37,14 @@ def find_model(family: str, variant: str) -> ModelEntry:
     for entry in _ENTRIES:
         if (entry.family, entry.variant) == (family, variant):
             return entry
+    name = f"{family}/{variant}"
+    meant = difflib.get_close_matches(name.lower(), [entry.name for entry in _ENTRIES], n=1)
+    hint = f"; did you mean {meant[0]}?" if meant and variant else ""
     variants = [entry.variant for entry in _ENTRIES if entry.family == family]
     if variants:
-        raise ModelError(f"no model {family}/{variant}; variants of {family} are {', '.join(variants)}")
+        raise ModelError(f"no model {name.rstrip('/')}; variants of {family} are {', '.join(variants)}{hint}")
     families = ", ".join(dict.fromkeys(entry.family for entry in _ENTRIES))
-    raise ModelError(f"no model {family}/{variant}; families are {families}; 'fieldvit models' lists all")
+    raise ModelError(f"no model {name}; families are {families}; 'fieldvit models' lists all{hint}")
 
 
 def create_model(family: str, variant: str, *, num_classes: int, in_chans: int, seed: int = 0) -> nn.Module:

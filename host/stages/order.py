@@ -58,7 +58,7 @@ def _digest(recipe: Recipe) -> str:
         return ""
     path = Path(recipe.model.weights)
     if not path.is_file():
-        raise RecipeError(f"model.weights: {path} is not a file; name a safetensors file")
+        raise RecipeError(f"model.weights: {path.absolute()} is not a file; name a safetensors file")
     return sha256_of(path)
 
 

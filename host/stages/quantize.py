@@ -59,10 +59,12 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     drop = metrics["validation_accuracy_torch"] - metrics["validation_accuracy_int8"]
     if drop > recipe.quantize.max_accuracy_drop:
         raise TrainingError(
-            f"int8 loses {drop:.4f} of validation accuracy, {recipe.quantize.max_accuracy_drop:.4f} is allowed; "
-            "raise quantize.calibration_images or quantize.max_accuracy_drop"
+            f"int8 answers {metrics['validation_accuracy_int8']:.2%} of the validation images right, float32 "
+            f"{metrics['validation_accuracy_torch']:.2%}; {recipe.quantize.max_accuracy_drop:.4f} less is allowed: train "
+            "for more epochs, or raise quantize.calibration_images or quantize.max_accuracy_drop"
         )
-    report("quantize", 3, 3, f"int8 keeps {metrics['validation_accuracy_int8']:.2%} of validation images right")
+    figures = "int8 {validation_accuracy_int8:.2%}, float32 {validation_accuracy_torch:.2%}".format(**metrics)
+    report("quantize", 3, 3, f"{figures} of validation images right")
     return metrics
 
 

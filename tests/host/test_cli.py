@@ -35,6 +35,27 @@ def test_every_verb_has_help_with_an_example_and_a_line_in_the_readme(capsys, ve
     assert f"fieldvit {verb}" in README or f" {verb} " in README
 
 
+def test_models_are_listed_with_what_identifies_them(capsys):
+    code, out, _ = run(capsys, "models", "--json")
+    models = {f"{model['family']}/{model['variant']}": model for model in json.loads(out)["models"]}
+    assert code == 0
+    assert models["nextvit/s"]["parameters"] == 31_763_368
+    assert {"task", "input", "macs", "paper", "kind"} <= models["nextvit/s"].keys()
+    assert {model["kind"] for model in models.values()} == {"exact", "ours"}
+    code, out, _ = run(capsys, "models")
+    assert code == 0
+    assert all(name in out for name in models)
+
+
+def test_a_model_is_drawn_from_image_to_logits(capsys):
+    code, out, _ = run(capsys, "models", "show", "deit/tiny")
+    assert code == 0
+    assert "12 x Block" in out
+    assert out.index("3 x 224 x 224") < out.index("196 x 192") < out.index("Linear")
+    code, out, _ = run(capsys, "models", "show", "deit/tiny", "--json")
+    assert json.loads(out)["stages"][-1]["output"] == [1000]
+
+
 def test_without_arguments_help_is_shown(capsys):
     code, out, _ = run(capsys)
     assert code == 0
@@ -45,6 +66,10 @@ def test_without_arguments_help_is_shown(capsys):
     ("arguments", "message"),
     [
         (("rnu",), "No such command 'rnu'"),
+        (("models", "show", "nextvit"), "no model nextvit; variants of nextvit are s, b, l"),
+        (("models", "show", "nextvit_small"), "'nextvit_small' is no model name; write FAMILY/VARIANT"),
+        (("models", "show", "NextViT/S"), "did you mean nextvit/s?"),
+        (("models", "--json", "show", "nextvit/s"), "--json belongs behind the verb"),
         (("run", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("run", "latin.toml"), "latin.toml: cannot be read (it is not UTF-8)"),
         (("quickstart", "--seed", "-1"), "Invalid value for '--seed'"),

@@ -70,7 +70,10 @@ def test_a_file_of_ours_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("efficientformerv2/s1", r"does not fit: .*; give weights of efficientformerv2_s1"),
+        (
+            "efficientformerv2/s1",
+            r"does not fit: of \d+ tensors .* missing, .* of another shape \(.* is \[.*\] and must be .*; give weights of efficientformerv2_s1",
+        ),
         ("deit/tiny", r"does not fit"),
         ("ninformer/cifar10", r"has other names than this model, and timm has no such model"),
     ],
@@ -86,6 +89,12 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     for path in (damaged, tmp_path / "missing.safetensors"):
         with pytest.raises(ModelError, match=f"{path.name}: not a readable safetensors file"):
             load(path)
+
+
+def test_a_pickled_checkpoint_is_not_opened(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"weights.pth: a PyTorch checkpoint, which may hold code; .*save_file"):
+        load(tmp_path / "weights.pth")
 
 
 def test_nothing_changes_when_weights_do_not_fit(timm_file):
@@ -115,4 +124,5 @@ def test_without_a_network_there_is_one_clear_error(tmp_path):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "efficientformerv2/s0: the published weights of efficientformerv2_s0 cannot be fetched from the hub" in last
+    assert "model.safetensors of timm/efficientformerv2_s0" in last
     assert "weights = FILE" in last

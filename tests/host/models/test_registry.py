@@ -176,6 +176,8 @@ def test_unknown_names_list_what_there_is():
         find_model("vit", "huge")
     with pytest.raises(ModelError, match=r"no model nextvit/xl; variants of nextvit are s, b, l, field-"):
         find_model("nextvit", "xl")
+    with pytest.raises(ModelError, match=r"did you mean ninformer/field-32\?"):
+        find_model("NinFormer", "field-32")
 
 
 @pytest.mark.parametrize(("num_classes", "in_chans"), [(0, 3), (10, 0)])
