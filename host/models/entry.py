@@ -28,6 +28,7 @@ class ModelEntry:
         num_classes, in_chans: of the published configuration.
         timm_name: timm's name of the same model, whose weights this one loads; empty where timm has none.
         from_timm: gives timm's weights the names that this model has.
+        mean, std: what published weights want pixels in 0..1 to be normalized with, per channel.
         float_scopes: regular expressions on tensor names, of the parts that stay float32 in an int8 file.
     """
 
@@ -45,6 +46,8 @@ class ModelEntry:
     task: str = "classify"
     timm_name: str = ""
     from_timm: Callable[[StateDict], dict[str, Tensor]] = _same_names
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     float_scopes: tuple[str, ...] = ()
 
     @property

@@ -139,6 +139,8 @@ class GatedViT(nn.Module):
     def deploy(self) -> Self:
         """The inference form: constant position maps, gates in each task's own weights, one linear head."""
         model = inference_copy(self)
+        if isinstance(model.class_block, FoldedBlock):
+            return model  # it was deployed before
         model.encoder.fix_positions()
         model.class_block = FoldedBlock(model.class_block)
         model.head = model.head.merged()

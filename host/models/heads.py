@@ -27,7 +27,7 @@ class DistillationHeads(nn.Module):
         return (self.classes(features) + self.teacher(features)) / 2
 
     def separate(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The two logits [B, K], which distillation compares with labels and teacher."""
+        """The two logits [B, K], for a trainer that compares one with labels and the other with a teacher."""
         return self.classes(features), self.teacher(features)
 
     def merged(self) -> nn.Linear:

@@ -76,9 +76,21 @@ def _trace(model: nn.Module, image_size: int, in_chans: int) -> dict[str, int]:
     """MACs by module path; `Global` is the whole model."""
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _unfused(model), counter:
+    with torch.no_grad(), _evaluating(model), _unfused(model), counter:
         model(torch.zeros(1, in_chans, image_size, image_size, device=device))
     return {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Counting must not move the statistics of batch norms."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 @contextmanager

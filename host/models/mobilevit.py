@@ -377,6 +377,8 @@ def _published(variant: str, *, parameters: int, macs: int, **layout: Any) -> Mo
         is_exact=True,
         timm_name=f"mobilevit_{variant}",
         from_timm=from_timm,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
     )
 
 
@@ -395,6 +397,8 @@ def _published_v2(percent: int, *, parameters: int, macs: int) -> ModelEntry:
         is_exact=True,
         timm_name=f"mobilevitv2_{percent:03}",
         from_timm=from_timm,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
     )
 
 

@@ -133,6 +133,8 @@ class NextViT(nn.Module):
         do not run; `HalvingPool` is the same without.
         """
         model = inference_copy(self)
+        if isinstance(model.pool, NormalizedPool):
+            return model  # it was deployed before
         replace_modules(model, NextConvBlock, MergedConvBlock)
         replace_modules(model, NextTransformerBlock, MergedTransformerBlock)
         replace_modules(model, nn.AvgPool2d, lambda _: HalvingPool())

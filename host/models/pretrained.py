@@ -39,6 +39,9 @@ def load_pretrained(model: nn.Module, entry: ModelEntry, path: Path | None = Non
             raise ModelError(f"{where} has other names than this model, and timm has no such model to take them from")
         state = entry.from_timm(state)
     fitted = {name: _fit(tensor, own[name]) for name, tensor in state.items() if name in own}
+    head = [name for name in own if name.startswith(HEAD)]
+    if all(fitted.get(name) is None for name in head):  # of other classes: it starts anew, as a whole
+        fitted |= {name: own[name] for name in head}
     problem = _misfit(state, own, fitted)
     if problem:
         raise ModelError(f"{where} does not fit: {problem}; give weights of {entry.timm_name or entry.name}")
@@ -46,10 +49,10 @@ def load_pretrained(model: nn.Module, entry: ModelEntry, path: Path | None = Non
 
 
 def _misfit(state: StateDict, own: StateDict, fitted: Mapping[str, Tensor | None]) -> str:
-    """What is wrong with weights outside the head, in words; empty where nothing is."""
-    unknown = [name for name in state if name not in own]
-    missing = [name for name in own if name not in fitted and not name.startswith(HEAD)]
-    shapes = [name for name, tensor in fitted.items() if tensor is None and not name.startswith(HEAD)]
+    """What is wrong with the weights, in words; empty where nothing is."""
+    unknown = [name for name in state if name not in own and not name.startswith(HEAD)]
+    missing = [name for name in own if name not in fitted]
+    shapes = [name for name, tensor in fitted.items() if tensor is None]
     parts = [f"{len(names)} {what}" for names, what in ((missing, "missing"), (unknown, "unknown")) if names]
     if shapes:
         name = shapes[0]

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from torch import nn
@@ -28,9 +29,14 @@ def load_split(recipe: Recipe) -> ImageSplits:
 
 
 def input_spec(recipe: Recipe) -> InputSpec:
-    """What the recipe's model takes for its data: grey digits, enlarged to the model's size."""
-    size = find_model(recipe.model.family, recipe.model.variant).image_size
-    return InputSpec(height=size, width=size, channels=1, mean=(MEAN,), std=(STD,), color_order="gray")
+    """What the recipe's model takes for its data: grey digits, enlarged to the model's size.
+
+    Published weights see the range of pixels that they were trained on.
+    """
+    entry = find_model(recipe.model.family, recipe.model.variant)
+    mean, std = (fmean(entry.mean), fmean(entry.std)) if recipe.model.pretrained else (MEAN, STD)
+    size = entry.image_size
+    return InputSpec(height=size, width=size, channels=1, mean=(mean,), std=(std,), color_order="gray")
 
 
 def load_model(recipe: Recipe, path: Path) -> nn.Module:

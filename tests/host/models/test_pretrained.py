@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from host.errors import ModelError
 from host.models.checkpoint import save_model
@@ -51,8 +51,6 @@ def test_what_timm_saved_is_loaded_and_gives_timm_s_outputs(entry, tmp_path):
 
 
 def test_other_classes_keep_their_own_head_and_grey_images_sum_the_first_convolution(timm_file):
-    from safetensors.torch import load_file
-
     fresh = create_model("efficientformerv2", "s0", num_classes=10, in_chans=1)
     model = load(timm_file, num_classes=10, in_chans=1)
     assert torch.equal(model.head.classes.weight, fresh.head.classes.weight)
@@ -89,6 +87,31 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     for path in (damaged, tmp_path / "missing.safetensors"):
         with pytest.raises(ModelError, match=f"{path.name}: not a readable safetensors file"):
             load(path)
+
+
+@pytest.mark.parametrize("without", ["head_dist.", "head."])
+def test_a_head_is_taken_whole_or_not_at_all(timm_file, tmp_path, without):
+    state = {name: tensor for name, tensor in load_file(timm_file).items() if not name.startswith(without)}
+    save_file(state, tmp_path / "partial.safetensors")
+    with pytest.raises(
+        ModelError, match=r"does not fit: of \d+ tensors 2 missing; give weights of efficientformerv2_s0"
+    ):
+        load(tmp_path / "partial.safetensors")
+
+
+def test_the_hub_s_weights_are_loaded_and_the_random_state_is_left_alone(monkeypatch):
+    import timm
+
+    published = randomize(timm.create_model("efficientformerv2_s0"))
+    entry = find_model("efficientformerv2", "s0")
+    model = create_model("efficientformerv2", "s0", num_classes=1000, in_chans=3)
+    monkeypatch.setattr(timm, "create_model", lambda name, *, pretrained=False: published)  # there is no network here
+    before = torch.random.get_rng_state()
+    load_pretrained(model, entry)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    images = make_images(1, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), published(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_pickled_checkpoint_is_not_opened(tmp_path):

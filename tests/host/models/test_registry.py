@@ -95,6 +95,22 @@ def test_sizes_are_exact(entry: ModelEntry):
         assert macs == pytest.approx(specified_macs * 1e6, rel=0.01, abs=0.5e6)  # 24 M is a rounded figure
 
 
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.timm_name], ids=lambda e: e.name)
+def test_published_weights_get_the_pixels_that_they_were_trained_on(entry: ModelEntry):
+    import timm
+
+    config = timm.get_pretrained_cfg(entry.timm_name)
+    assert (entry.mean, entry.std) == (tuple(map(float, config.mean)), tuple(map(float, config.std)))
+
+
+def test_counting_leaves_the_model_alone():
+    model = create_model("nextvit", "field-32", num_classes=10, in_chans=3).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    count_macs(model, 32, 3)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(("name", "parameters"), WITHOUT_TEACHER_HEAD.items())
 def test_sizes_without_the_teacher_s_head_are_exact(name, parameters):
     assert count_parameters(on_meta(find_model(*name.split("/")), distilled=False)) == parameters
@@ -148,6 +164,9 @@ def test_inference_form_is_float32_close_at_rank_4_with_one_linear_head(entry: M
     assert isinstance(deployed.head, torch.nn.Linear)
     assert deployed.feature_dim == deployed.head.in_features == model.feature_dim
     assert not deployed.training
+    assert not any(parameter.requires_grad for parameter in deployed.parameters())
+    with torch.no_grad():
+        assert torch.equal(deployed.deploy()(images), deployed(images))
     graph_ranks, graph_operations = ranks_and_operations(deployed, images[:1])
     assert max(graph_ranks) <= 4
     assert not graph_operations & FORBIDDEN
