@@ -5,7 +5,7 @@ pooling mixer as Pool(X) + X; the authors' code and timm compute X + gamma * (Po
 
 Where we differ:
 - The grid of the attention bias follows `image_size`; timm fixes it to 7 x 7, that is to 224-pixel images.
-- In evaluation mode the attention bias is a buffer, gathered once, so that an exported graph holds no gather.
+- The attention bias is gathered at every call; timm keeps it between calls. In the inference form it is a constant.
 - The 1 x 1 convolutions of the published variants start from N(0, 0.02), as in the authors' code and not in timm's.
 - Our small variants take features from several stages (`tap_grids`), each pooled to a grid and normalized. New classes
   are learned from frozen features on a board, and early, still local features tell apart what the last stage was never
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from host.errors import ModelError
-from host.models.deploy import fold_batch_norms, inference_copy
+from host.models.deploy import fold_batch_norms, inference_copy, replace_modules
 from host.models.entry import ModelEntry, StateDict
 from host.models.heads import TIMM_HEADS, DistillationHeads, renamed
 
@@ -35,27 +35,33 @@ STEM_STRIDE = 4
 
 
 class GridAttention(Attention):
-    """timm's attention; the bias [heads, N, N] is gathered on entering evaluation mode and on loading weights."""
+    """timm's attention on a grid of any size; gathers its bias at every call, so that gradients reach the table."""
 
-    def __init__(self, dim: int, **kwargs: Any) -> None:
-        super().__init__(dim, **kwargs)
-        self.register_buffer("bias_map", self._gather(), persistent=False)
-
-    def train(self, mode: bool = True) -> "GridAttention":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if not mode:
-            self.bias_map = self._gather()
-        return self
+        return self  # timm's returns nothing
 
     def get_attention_biases(self, device: torch.device) -> Tensor:
-        return self.attention_biases[:, self.attention_bias_idxs] if self.training else self.bias_map
+        return self.attention_biases[:, self.attention_bias_idxs]  # [heads, N, N]
 
-    def _gather(self) -> Tensor:
-        return self.attention_biases.detach()[:, self.attention_bias_idxs]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.bias_map = self._gather()
+class FixedGridAttention(nn.Module):
+    """The inference form of `GridAttention`, whose layers it takes over: [B, N, D] to the same shape."""
+
+    def __init__(self, attention: GridAttention) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.widths = [attention.key_dim, attention.key_dim, attention.val_dim]
+        self.qkv, self.proj = attention.qkv, attention.proj
+        bias = attention.attention_biases.detach()[:, attention.attention_bias_idxs]
+        self.register_buffer("bias_map", bias)  # [heads, N, N]
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, num_tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, num_tokens, self.num_heads, -1).transpose(1, 2)
+        q, k, v = qkv.split(self.widths, dim=3)  # [B, heads, N, width]
+        weights = (q @ k.transpose(2, 3) * self.scale + self.bias_map).softmax(dim=-1)  # [B, heads, N, N]
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, num_tokens, -1))
 
 
 class EfficientFormer(nn.Module):
@@ -141,9 +147,10 @@ class EfficientFormer(nn.Module):
         if isinstance(model.head, DistillationHeads):
             model.head = model.head.merged()
         _fold_layer_scales(model)
+        replace_modules(model, GridAttention, FixedGridAttention)
         weight = model.head.weight
         fold_batch_norms(model, weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
-        return model
+        return model.eval()
 
 
 def l1(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormer:

@@ -69,4 +69,4 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def field_model() -> nn.Module:
     """The model of the quickstart, with random weights."""
     model = create_model("efficientformer", "field-32", num_classes=10, in_chans=1)
-    return randomize(model, make_images(64, size=32))
+    return randomize(model, make_images(64, size=32)).deploy()
