@@ -268,7 +268,8 @@ def test_images_of_another_size_are_refused():
 # --- converters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["field-32", pytest.param("s", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["field-32"])  # tests/converters/test_families.py has the others
 def test_both_converters_keep_the_logits(variant, tmp_path: Path):
     entry = BY_VARIANT[variant]
     size, shape = entry.image_size, (1, entry.image_size, entry.image_size, 3)
