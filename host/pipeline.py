@@ -1,7 +1,8 @@
 """Stages of a recipe, each cached under the hash of everything that goes into it.
 
 A stage writes into `runs/NAME/STAGE.partial/`, which is renamed to `STAGE/` when its `stamp.json` is written: an
-interrupted stage leaves nothing that looks finished, and the next run starts it again after the finished ones.
+interrupted stage leaves nothing that looks finished, and the next run starts it again after the finished ones. It finds
+there what the very same stage left, such as a checkpoint to go on from.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 STAMP = "stamp.json"
+WANTED = "wanted"
+"""In an unfinished stage's directory: the hash of what it is to become."""
 _SOURCES = (
     "converters",
     "device/contract",
@@ -31,6 +34,9 @@ _PACKAGES = (
     "torch",
     "timm",
     "numpy",
+    "pillow",
+    "torchvision",
+    "lightning-fabric",
     "scikit-learn",
     "litert-torch",
     "ai-edge-quantizer",
@@ -63,15 +69,29 @@ def run_stage(stage: Stage, directory: Path, *, upstream: str = "") -> str:
     final = directory / stage.name
     if _stamp(final).get("digest") == digest:
         return digest
-    partial = directory / f"{stage.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _unfinished(directory / f"{stage.name}.partial", digest)
     metrics = dict(stage.work(partial))
     stamp = {"digest": digest, "inputs": stage.inputs, "packages": package_versions(), "metrics": metrics}
     (partial / STAMP).write_text(json.dumps(stamp, indent=1, sort_keys=True, default=str) + "\n")
+    (partial / WANTED).unlink()
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     return digest
+
+
+def is_finished(stage: Stage, directory: Path, *, upstream: str = "") -> bool:
+    """Whether `run_stage` would find the result there."""
+    return bool(_stamp(directory / stage.name).get("digest") == stage_digest(stage, upstream))
+
+
+def _unfinished(partial: Path, digest: str) -> Path:
+    """The directory that the stage works in: what an interrupted run of the very same stage left, else an empty one."""
+    wanted = partial / WANTED
+    if not wanted.is_file() or wanted.read_text() != digest:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        wanted.write_text(digest)
+    return partial
 
 
 def stage_metrics(directory: Path, name: str) -> dict[str, Any]:

@@ -7,16 +7,22 @@ import hashlib
 import json
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any, Self
 
-from device.contract.board import load_board
+from device.contract.board import board_names, load_board
 from device.contract.errors import ConfigError
 from device.contract.records import from_table, to_table
+from host import zoo
+from host.data.spec import DataSpec
+from host.distill.spec import FROM_RECIPE, DistillSpec
 from host.errors import RecipeError
+from host.files import absolute
 from host.quantize.spec import QuantizeSpec
 from host.training.config import TrainConfig
+from host.zoo.cards import read_card
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -24,48 +30,46 @@ FORMATS = ("tflite", "coreml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataSpec:
-    """Where the images come from. `digits` are scikit-learn's; `held_back` classes are left for the field to teach."""
-
-    source: str
-    held_back: tuple[str, ...] = ("8", "9")
-
-    def __post_init__(self) -> None:
-        if self.source != "digits":
-            raise RecipeError(f"data.source {self.source!r} is unknown; this version reads 'digits'")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A family and a variant, as `fieldvit models` lists them.
 
-    `pretrained` starts from published weights: from the safetensors file `weights`, or where none is named from the hub.
+    Attributes:
+        options: what the family's own arguments are to be instead of the variant's, for example `depth` or `stages`.
+        pretrained: start from published weights: those in `weights`, or where no file is named the hub's.
+        weights: `zoo:NAME`, or a safetensors file; a relative path starts at the recipe's folder, `~` is the home
+            directory.
+        licence: of those weights, as an SPDX identifier or in words; where it is empty, what the hub states.
     """
 
     family: str
     variant: str
+    options: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     weights: str = ""
+    licence: str = ""
 
     def __post_init__(self) -> None:
-        if self.weights and not self.pretrained:
-            raise RecipeError(f"model.weights = {self.weights!r} is only read with model.pretrained = true; add it")
+        for name in ("weights", "licence"):
+            value = getattr(self, name)
+            if value and not self.pretrained:
+                raise RecipeError(f"model.{name} = {value!r} is only read with model.pretrained = true; add it")
+
+    def found_from(self, folder: Path) -> Self:
+        """The same with the path of its weights made absolute, from the folder that the recipe lies in."""
+        if self.weights.startswith(zoo.PREFIX):
+            return replace(self, weights=str(zoo.find_checkpoint(self.weights.removeprefix(zoo.PREFIX))))
+        return replace(self, weights=absolute(self.weights, folder)) if self.weights else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillSpec:
-    """Distillation from a teacher that is trained first, on the same data."""
+class TeacherSpec:
+    """The [teacher] table: a teacher that is trained first, on the same data."""
 
-    method: str = "soft"
-    teacher: str = "cnn"
-    temperature: float = 2.0
-    weight: float = 0.5
+    model: ModelSpec
+    train: TrainConfig
 
     def __post_init__(self) -> None:
-        if self.method != "soft" or self.teacher != "cnn":
-            raise RecipeError("distill: this version knows method 'soft' and teacher 'cnn'")
-        if self.temperature <= 0 or not 0 <= self.weight <= 1:
-            raise RecipeError("distill: temperature must be above 0 and weight within 0..1")
+        _require_weights(self.model, self.train, "teacher.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,7 @@ class Recipe:
     version: str = "0.1.0"
     release: int = 1
     distill: DistillSpec | None = None
+    teacher: TeacherSpec | None = None
     quantize: QuantizeSpec = field(default_factory=QuantizeSpec)
     continual: ContinualSpec = field(default_factory=ContinualSpec)
     export: ExportSpec = field(default_factory=ExportSpec)
@@ -125,35 +130,95 @@ class Recipe:
             raise RecipeError(f"name {self.name!r} must match {_NAME.pattern}")
         if self.task != "classify":
             raise RecipeError(f"task {self.task!r} is unknown; this version knows 'classify'")
+        if (self.distill is not None and self.distill.teacher == FROM_RECIPE) != (self.teacher is not None):
+            raise RecipeError(
+                'a table teacher, with model and train, and distill.teacher = "train" go together; give both or none'
+            )
+        _require_weights(self.model, self.train)
+        if self.train.epochs == 0 and self.distill:
+            raise RecipeError("train.epochs = 0 leaves the weights as they are; leave the table distill out")
         if self.seed < 0:
             raise RecipeError(f"seed must be 0 or more, got {self.seed}")
         if not _VERSION.fullmatch(self.version) or self.release < 1:
             raise RecipeError(f"version must be like 1.2.3 and release 1 or more, got {self.version!r}, {self.release}")
 
+    def table(self) -> dict[str, Any]:
+        """The resolved recipe as a bundle states it: of files and folders only the names, not where they lay."""
+        table: dict[str, Any] = to_table(self)
+        table["model"]["weights"] = Path(self.model.weights).name
+        if self.data.is_path:
+            table["data"]["source"] = f"{self.data.kind}:{Path(self.data.location).name}"
+        if self.distill and self.distill.is_path:
+            table["distill"]["teacher"] = Path(self.distill.teacher).name
+        if self.teacher:
+            table["teacher"]["model"]["weights"] = Path(self.teacher.model.weights).name
+        return table
+
+    def found_from(self, folder: Path) -> Self:
+        """The same with all paths made absolute, from the folder that the recipe lies in."""
+        teacher = self.teacher and replace(self.teacher, model=self.teacher.model.found_from(folder))
+        distill = self.distill and self.distill.found_from(folder)
+        return replace(
+            self,
+            data=self.data.found_from(folder),
+            model=self.model.found_from(folder),
+            distill=distill,
+            teacher=teacher,
+        )
+
     def digest(self) -> str:
         """SHA-256 of the resolved recipe."""
-        return hashlib.sha256(json.dumps(to_table(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.table(), sort_keys=True).encode()).hexdigest()
+
+
+def _require_weights(model: ModelSpec, train: TrainConfig, table: str = "") -> None:
+    if train.epochs == 0 and not model.pretrained:
+        raise RecipeError(
+            f"{table}train.epochs = 0 leaves the weights as they are; start from some: {table}model.pretrained = true"
+        )
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file; `zoo:NAME` is the recipe that takes a checkpoint of the zoo to boards as it is.
 
     Raises:
         RecipeError: no such file, not TOML, or a wrong, unknown or missing key; the message names it.
+        ModelError: the zoo has no such checkpoint.
     """
+    if str(path).startswith(zoo.PREFIX):
+        return _zoo_recipe(str(path).removeprefix(zoo.PREFIX))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}); name a recipe, or start from a copy of host/recipes/quickstart.toml"
         ) from error
-    return parse_recipe(text, where=str(path))
+    return parse_recipe(text, where=str(path)).found_from(path.parent)
 
 
 def builtin_recipe(name: str) -> Recipe:
     """A recipe that ships with the package."""
     text = resources.files("host.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     return parse_recipe(text, where=f"{name}.toml")
+
+
+def _zoo_recipe(name: str) -> Recipe:
+    card = read_card(name)
+    return Recipe(
+        name=card.name,
+        seed=card.seed,
+        data=card.data,
+        model=ModelSpec(
+            family=card.family,
+            variant=card.variant,
+            pretrained=True,
+            weights=str(zoo.find_checkpoint(name)),
+            licence=card.terms,
+        ),
+        train=TrainConfig(epochs=0),
+        continual=ContinualSpec(max_classes=4 * len(card.labels)),
+        export=ExportSpec(boards=tuple(dict.fromkeys((*ExportSpec().boards, *board_names())))),
+    )
 
 
 def parse_recipe(text: str, *, where: str) -> Recipe:

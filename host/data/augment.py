@@ -1,6 +1,6 @@
 """Augmentation on batches of tensors: a random affine map and a smooth random displacement, resampled once.
 
-All randomness comes from the generator that is passed in.
+All randomness comes from the generator that is passed in, one of the CPU, wherever the images are.
 """
 
 import math
@@ -29,7 +29,7 @@ def augment(images_nchw: Tensor, generator: torch.Generator, *, strength: float 
     grid = F.affine_grid(_affine(batch, generator, strength), [batch, 1, height, width], align_corners=False)
     noise = torch.randn(batch, 2, _ELASTIC_GRID, _ELASTIC_GRID, generator=generator) * (ELASTIC * strength)
     smooth = F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=True)  # [B, 2, H, W]
-    grid = grid + smooth.permute(0, 2, 3, 1)  # [B, H, W, 2]
+    grid = (grid + smooth.permute(0, 2, 3, 1)).to(images_nchw)  # [B, H, W, 2]
     return F.grid_sample(images_nchw - background, grid, align_corners=False) + background
 
 

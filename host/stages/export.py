@@ -14,27 +14,33 @@ from torch import nn
 
 from converters import coreml
 from converters.bundle import backbone_hash, describe, write_bundle
+from converters.runners import open_features
 from converters.tflite import bake_head
+from converters.tflite_metadata import About
 from device.contract.board import load_board
 from device.contract.manifest import MANIFEST_NAME, Artifact, CoreMLArtifact, InputSpec, LearningSpec, Manifest
 from device.contract.records import to_table
-from device.preprocess import preprocess
+from host.data.inputs import same_size
 from host.data.splits import ImageSplits
 from host.files import deterministic_npz, sha256_of
-from host.pipeline import Report, package_versions
+from host.models.pretrained import weights_licence
+from host.pipeline import Report, package_versions, stage_metrics
 from host.recipe import Recipe
 from host.stages.budget import require_budget
-from host.stages.data import base_test_images, describe_data, input_spec, load_model, load_split
-from host.stages.documents import ml_bom, model_card
-from host.stages.features import FeaturesOf, tflite_features, torch_features
+from host.stages.data import base_test_images, input_spec, load_model, load_split, model_entry
+from host.stages.documents import ml_bom, model_card, spdx
+from host.stages.features import ArrayOf, over_images, torch_features
 from host.stages.head import FittedHead, LinearHead, fit_head
 from host.stages.proof import INFER_PATH, Reference, prove_coreml, prove_infer, prove_tflite
 from host.stages.quantize import FLOAT, INT8, artifact_path
 from host.stages.train import WEIGHTS
 
-LICENCE = "Apache-2.0"
+OWN_LICENCE = "Apache-2.0"
+"""Of what we trained from nothing; weights that training started from keep theirs."""
 COREML_PATH = "model.mlpackage"
-GOLDEN_PER_CLASS = 2
+GOLDEN_FRAMES = 20
+GUARD_IMAGES = 1000
+"""Held-out features that go to the board, at most."""
 # Share of the largest golden feature. Kernels round differently on ARM and x86: measured 1e-6 for float32; a few int8
 # steps for int8, where one step of an inner tensor can move a feature by about 1 %.
 GOLDEN_TOLERANCE = {FLOAT: 1e-3, INT8: 0.08}
@@ -67,11 +73,11 @@ def export(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[str,
     split, spec = load_split(recipe), input_spec(recipe)
     model = load_model(recipe, run / "train" / WEIGHTS)
     report("export", 0, 4, "reference")
-    float_head = fit_head(recipe, split, spec, lambda images: torch_features(model, images)).linear
+    float_head = fit_head(recipe, split, spec, torch_features(model)).linear
     draft = _Draft(
         recipe=recipe, run=run, out=out, split=split, spec=spec, reference=_reference(model, float_head, split, spec)
     )
-    draft.golden["frames"] = _golden_frames(split)
+    draft.golden["frames"] = _golden_frames(split, spec)
     for step, precision in enumerate((INT8, FLOAT), 1):
         report("export", step, 4, f"{precision} against PyTorch")
         _add_tflite(draft, precision)
@@ -90,18 +96,18 @@ def bundle_name(recipe: Recipe) -> str:
 
 
 def _reference(model: nn.Module, head: LinearHead, split: ImageSplits, spec: InputSpec) -> Reference:
-    images, labels = base_test_images(split, spec)
-    features = torch_features(model, images)
-    return Reference(images=images, labels=labels, features=features, logits=head.logits(features))
+    images = base_test_images(split)
+    features = over_images(torch_features(model), images.images, spec)
+    return Reference(images=images, spec=spec, features=features, logits=head.logits(features))
 
 
 def _float_accuracy(draft: _Draft) -> float:
-    return float((draft.reference.logits.argmax(axis=1) == draft.reference.labels).mean())
+    return float((draft.reference.logits.argmax(axis=1) == draft.reference.images.labels).mean())
 
 
 def _add_tflite(draft: _Draft, precision: str) -> None:
     path = draft.run / "quantize" / artifact_path(precision)
-    features_of: FeaturesOf = lambda images: tflite_features(path, images)  # noqa: E731  # one runtime, used three times
+    features_of = open_features(path)
     head = fit_head(draft.recipe, draft.split, draft.spec, features_of)
     proof = prove_tflite(path, head.linear, draft.reference)
     proof.require(precision)
@@ -123,34 +129,56 @@ def _add_tflite(draft: _Draft, precision: str) -> None:
     if precision == INT8:
         infer_path = draft.out / INFER_PATH
         draft.files[INFER_PATH] = bake_head(
-            path, head.linear.weight, head.linear.bias, infer_path, labels=draft.split.base_names
+            path,
+            head.linear.weight,
+            head.linear.bias,
+            infer_path,
+            labels=draft.split.base_names,
+            about=_about(draft.recipe, draft.split),
         )
         prove_infer(infer_path, draft.reference).require("infer")
 
 
-def _add_head(draft: _Draft, precision: str, head: FittedHead, features_of: FeaturesOf) -> None:
+def _about(recipe: Recipe, split: ImageSplits) -> About:
+    return About(
+        name=recipe.name,
+        version=recipe.version,
+        description=f"Classifies an image as one of {len(split.base_names)} classes. Trained on {split.description}.",
+        author="FieldViT",
+        licence=_licence(recipe),
+    )
+
+
+def _add_head(draft: _Draft, precision: str, head: FittedHead, features_of: ArrayOf) -> None:
     """The learner's state, held-out features for the guard, and what drift is measured against."""
-    guard = features_of(preprocess(draft.split.validation.images, draft.spec))
+    held_out = draft.split.validation.take(_some_of_each(draft.split.validation.labels, GUARD_IMAGES))
+    guard = over_images(features_of, held_out.images, draft.spec)
     arrays = {
         **head.learner.state(),
         "guard_features": guard.astype(np.float32),
-        "guard_labels": draft.split.validation.labels.astype(np.int64),
+        "guard_labels": held_out.labels.astype(np.int64),
         "feature_mean": head.features.mean(axis=0).astype(np.float32),
         "feature_std": head.features.std(axis=0).astype(np.float32),
     }
     draft.heads |= {f"{precision}/{name}": value for name, value in arrays.items()}
 
 
-def _add_golden(draft: _Draft, precision: str, head: LinearHead, features_of: FeaturesOf) -> None:
-    features = features_of(preprocess(draft.golden["frames"], draft.spec))
+def _add_golden(draft: _Draft, precision: str, head: LinearHead, features_of: ArrayOf) -> None:
+    features = over_images(features_of, draft.golden["frames"], draft.spec)
     draft.golden |= {f"{precision}/features": features, f"{precision}/logits": head.logits(features)}
 
 
-def _golden_frames(split: ImageSplits) -> np.ndarray:
-    """A few real frames of each base class, uint8 [n, h, w, C], from the validation images."""
-    labels = split.validation.labels
-    chosen = np.concatenate([np.flatnonzero(labels == label)[:GOLDEN_PER_CLASS] for label in np.unique(labels)])
-    return split.validation.images[chosen]
+def _golden_frames(split: ImageSplits, spec: InputSpec) -> np.ndarray:
+    """A few real frames of the base classes, uint8 [n, h, w, C], from the validation images."""
+    chosen = _some_of_each(split.validation.labels, GOLDEN_FRAMES)
+    return same_size([split.validation.images[int(index)] for index in chosen], spec)
+
+
+def _some_of_each(labels: np.ndarray, most: int) -> np.ndarray:
+    """The first images of every class, an equal number of each and about `most` in all; of many classes, some."""
+    classes = np.unique(labels)
+    share = max(most // len(classes), 1)
+    return np.concatenate([np.flatnonzero(labels == label)[:share] for label in classes[:most]])
 
 
 def _add_coreml(draft: _Draft, model: nn.Module, head: LinearHead) -> None:
@@ -181,18 +209,21 @@ def _require_budgets(draft: _Draft) -> None:
 def _write(draft: _Draft) -> str:
     draft.files |= {"head.npz": deterministic_npz(draft.heads), "golden.npz": deterministic_npz(draft.golden)}
     draft.files["labels.txt"] = ("\n".join(draft.split.base_names) + "\n").encode()
+    licence = _licence(draft.recipe)
     provenance = {
-        "recipe": to_table(draft.recipe),
+        "recipe": draft.recipe.table(),
         "recipe_sha256": draft.recipe.digest(),
         "weights_sha256": sha256_of(draft.run / "train" / WEIGHTS),
-        "data": describe_data(draft.split),
+        "data": draft.split.description,
         "commit": _commit(),
         "packages": package_versions(),
     }
+    if draft.recipe.model.pretrained:
+        provenance["pretrained"] = stage_metrics(draft.run, "train")["pretrained"] | {"licence": licence}
     draft.files["model_card.md"] = model_card(
-        draft.recipe, draft.split, draft.artifacts, draft.coreml, provenance
+        draft.recipe, draft.split, draft.artifacts, draft.coreml, provenance, licence
     ).encode()
-    draft.files["ml-bom.json"] = ml_bom(draft.recipe, provenance, LICENCE).encode()
+    draft.files["ml-bom.json"] = ml_bom(draft.recipe, provenance, licence).encode()
     manifest = Manifest(
         name=draft.recipe.name,
         version=draft.recipe.version,
@@ -205,7 +236,7 @@ def _write(draft: _Draft) -> str:
         coreml=draft.coreml,
         learning=_learning_spec(draft),
         float_accuracy=_float_accuracy(draft),
-        licence=LICENCE,
+        licence=licence,
         provenance=provenance,
         files=describe(draft.files),
     )
@@ -222,6 +253,13 @@ def _learning_spec(draft: _Draft) -> LearningSpec:
         max_drop=continual.max_drop,
         shrinkage=continual.shrinkage,
     )
+
+
+def _licence(recipe: Recipe) -> str:
+    model = recipe.model
+    if not model.pretrained:
+        return OWN_LICENCE
+    return spdx(weights_licence(model_entry(model), path=model.weights, stated=model.licence))
 
 
 def _commit() -> str:

@@ -7,29 +7,44 @@ import numpy as np
 import torch
 from torch import nn
 
-from device.engine import Engine
+from device.contract.manifest import InputSpec
+from host.data.inputs import input_batches
+from host.data.splits import Images
 
-FeaturesOf = Callable[[np.ndarray], np.ndarray]
-"""Pre-processed images float32 [N, H, W, C] to features float32 [N, D]."""
+ArrayOf = Callable[[np.ndarray], np.ndarray]
+"""Pre-processed images float32 [N, H, W, C] to features float32 [N, D], or to logits [N, K]."""
 
 
-def torch_features(model: nn.Module, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
-    """Run `forward_features` in evaluation mode on float32 [N, H, W, C]; returns float32 [N, D]."""
+def over_images(compute: ArrayOf, images: Images, spec: InputSpec) -> np.ndarray:
+    """What `compute` gives for all images, a batch of inputs in memory at a time."""
+    return np.concatenate([compute(batch) for batch in input_batches(images, spec)])
+
+
+def torch_features(model: nn.Module) -> ArrayOf:
+    """`forward_features` in evaluation mode."""
     model.eval()
-    batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size)
-    with torch.inference_mode():
-        return torch.cat([model.forward_features(batch) for batch in batches]).numpy()  # type: ignore[operator]
+
+    def compute(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()  # type: ignore[operator]
+
+    return compute
 
 
-def tflite_features(path: Path, images: np.ndarray) -> np.ndarray:
-    """Run the `features` signature image by image, as a board does, on float32 [N, H, W, C]; returns float32 [N, D]."""
-    engine = Engine(path)
-    return np.stack([engine.features(image[None]) for image in images])
+def torch_logits(model: nn.Module) -> ArrayOf:
+    """The model's own logits, on the device that it is on, in the mode that it is in."""
+    torch_device = next(model.parameters()).device
+
+    def compute(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(images).permute(0, 3, 1, 2).to(torch_device)).float().cpu().numpy()
+
+    return compute
 
 
-def coreml_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """Evaluate the saved Core ML program, rounding to float16 where it does, on float32 [N, H, W, C]; returns [N, K]."""
+def coreml_logits(path: Path) -> ArrayOf:
+    """The saved Core ML program, evaluated here, rounding to float16 where it does."""
     from converters.mil import MilProgram
 
     program = MilProgram(path, round_to_half=True)
-    return program.run_many({"images": images[:, None]})["logits"][:, 0]
+    return lambda images: program.run_many({"images": images[:, None]})["logits"][:, 0]

@@ -10,10 +10,11 @@ from torch import nn
 from device.contract.errors import ArtifactError
 from device.contract.manifest import InputSpec
 from device.learning.slda import SLDA
-from device.preprocess import preprocess
 from host.data.splits import ImageSplits
 from host.recipe import Recipe
-from host.stages.features import FeaturesOf
+from host.stages.features import ArrayOf, over_images
+
+HEAD_IMAGES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,27 @@ class FittedHead:
     features: np.ndarray
 
 
-def fit_head(recipe: Recipe, split: ImageSplits, spec: InputSpec, features_of: FeaturesOf) -> FittedHead:
-    """Fit the recipe's learner to the training images, once through the artifact."""
-    features = features_of(preprocess(split.train.images, spec))
+def fit_head(recipe: Recipe, split: ImageSplits, spec: InputSpec, features_of: ArrayOf) -> FittedHead:
+    """Fit the recipe's learner to the training images, once through the artifact.
+
+    Of more than `HEAD_IMAGES` training images it takes an equal share of every class: means and a covariance need no
+    more, and a board's artifact works image by image.
+    """
+    chosen = split.train.take(_balanced(split.train.labels, seed=recipe.seed))
+    features = over_images(features_of, chosen.images, spec)
     learner = SLDA(len(split.base_names), features.shape[1], shrinkage=recipe.continual.shrinkage)
-    learner.update(features, split.train.labels)
+    learner.update(features, chosen.labels)
     return FittedHead(learner=learner, linear=LinearHead(*learner.linear()), features=features)
+
+
+def _balanced(labels: np.ndarray, *, seed: int) -> np.ndarray:
+    """Indices int64 [n] in their order: all, or up to an equal share of `HEAD_IMAGES` of every class."""
+    if len(labels) <= HEAD_IMAGES:
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    share = max(HEAD_IMAGES // len(classes), 1)
+    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:share] for label in classes]))
 
 
 def load_head(path: Path, precision: str, *, shrinkage: float) -> LinearHead:

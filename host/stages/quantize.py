@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from converters.gates import assert_builtin_ops, check_train_signature
+from converters.runners import open_features
 from converters.tflite import convert_float, quantize_static
 from device.contract.records import to_table
-from device.preprocess import preprocess
+from host.data.inputs import to_input
 from host.errors import TrainingError
-from host.models.registry import find_model
 from host.pipeline import Report
 from host.recipe import Recipe
-from host.stages.data import input_spec, load_model, load_split
-from host.stages.features import FeaturesOf, tflite_features, torch_features
+from host.stages.data import input_spec, load_model, load_split, model_entry
+from host.stages.features import ArrayOf, over_images, torch_features
 from host.stages.head import fit_head
 from host.stages.train import WEIGHTS
 
@@ -43,18 +43,17 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     shape = (1, spec.height, spec.width, spec.channels)
     convert_float(model.deploy(), shape, recipe.continual.max_classes, float_path, input_spec=to_table(spec))
     report("quantize", 1, 3, "TFLite int8")
-    rng = np.random.default_rng(recipe.seed)
-    chosen = rng.permutation(len(split.train.images))[: recipe.quantize.calibration_images]
-    scopes = find_model(recipe.model.family, recipe.model.variant).float_scopes
-    quantize_static(float_path, preprocess(split.train.images[chosen], spec), int8_path, float_scopes=scopes)
+    chosen = np.random.default_rng(recipe.seed).permutation(len(split.train))[: recipe.quantize.calibration_images]
+    frames = to_input([split.train.images[int(index)] for index in chosen], spec)
+    quantize_static(float_path, frames, int8_path, float_scopes=model_entry(recipe.model).float_scopes)
     report("quantize", 2, 3, "accuracy in LiteRT")
     for path in (float_path, int8_path):
         assert_builtin_ops(path)
         check_train_signature(path)
     metrics = {
-        "validation_accuracy_torch": _validation_accuracy(recipe, lambda images: torch_features(model, images)),
-        "validation_accuracy_float32": _validation_accuracy(recipe, lambda images: tflite_features(float_path, images)),
-        "validation_accuracy_int8": _validation_accuracy(recipe, lambda images: tflite_features(int8_path, images)),
+        "validation_accuracy_torch": _validation_accuracy(recipe, torch_features(model)),
+        "validation_accuracy_float32": _validation_accuracy(recipe, open_features(float_path)),
+        "validation_accuracy_int8": _validation_accuracy(recipe, open_features(int8_path)),
     }
     drop = metrics["validation_accuracy_torch"] - metrics["validation_accuracy_int8"]
     if drop > recipe.quantize.max_accuracy_drop:
@@ -68,8 +67,8 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     return metrics
 
 
-def _validation_accuracy(recipe: Recipe, features_of: FeaturesOf) -> float:
+def _validation_accuracy(recipe: Recipe, features_of: ArrayOf) -> float:
     split, spec = load_split(recipe), input_spec(recipe)
     head = fit_head(recipe, split, spec, features_of).linear
-    logits = head.logits(features_of(preprocess(split.validation.images, spec)))
+    logits = head.logits(over_images(features_of, split.validation.images, spec))
     return float((logits.argmax(axis=1) == split.validation.labels).mean())

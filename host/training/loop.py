@@ -1,186 +1,353 @@
-"""The training loop: AdamW, warm-up and cosine, augmentation, turned images as classes of their own, distillation.
+"""The training loop: batches, optimizer, schedule, moving average, checkpoints, on one process or several.
 
-Same machine, same seed: the same weights, bit for bit. Turned images as further classes follow PASS (Zhu et al. 2021,
-CVPR, "Prototype augmentation and self-supervision for incremental learning"); unlike there, turned images are drawn
-anew for every batch, and their classifier is thrown away after training.
+Same machine, same seed, same number of threads: the same weights, bit for bit, also when the run was killed on the way
+and started again. Every step seeds its own randomness with (seed, step, process), so a checkpoint needs no random state.
+
+Several processes compute what one would with the same `batch_size`, but for what belongs to one process's images:
+statistics of batch norms (rank 0's are kept), dropout and mixing.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import host.models  # noqa: F401  # repairs torchvision, which timm imports
+
+# isort: split
 import numpy as np
 import torch
+from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils import deterministic as torch_deterministic
 
-from host.data.augment import augment, quarter_turns
-from host.distill.method import Distillation
+from device.contract.manifest import InputSpec
+from host.data.splits import LabeledImages
 from host.errors import TrainingError
+from host.training.batches import EpochBatches, TrainingImages, make_loader, seed_all
+from host.training.checkpoint import State, load_state, save_state
 from host.training.config import TrainConfig
+from host.training.engine import is_connection_lost, make_engine
+from host.training.objective import Objective
+from host.training.optimizers import make_optimizer
+from host.training.sam import climb, frozen_statistics, restore
+from host.training.schedule import learning_rate
+from host.training.transforms import BatchAugmentation
 
-NUM_TURNS = 4
+CHECKPOINT_INTERVAL_S = 120.0
+"""A run that is killed loses at most this much, or one step."""
+
+Validate = Callable[[nn.Module, int], Mapping[str, float]]
+"""Figures of a model, given in evaluation mode, after an epoch, counted from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochMetrics:
-    """One epoch, counted from 1: mean loss of its batches, accuracy on its upright augmented images."""
+    """One epoch, counted from 1: mean loss of its batches, share of its images answered right, what was validated."""
 
     epoch: int
     loss: float
     accuracy: float
     learning_rate: float
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What a run tells while it goes on; all on rank 0 only.
+
+    Attributes:
+        on_step: called with steps done, all steps, and the loss of the step before.
+        on_epoch: called after every epoch; after a resumption with the epochs before it too.
+        validate: figures that go into `EpochMetrics.validation`.
+    """
+
+    on_step: Callable[[int, int, float], None] = lambda done, total, loss: None
+    on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None
+    validate: Validate | None = None
 
 
 def train(
-    model: nn.Module,
-    images: np.ndarray,
-    labels: np.ndarray,
+    objective: Objective,
+    images: LabeledImages,
+    spec: InputSpec,
     config: TrainConfig,
     *,
     seed: int,
-    teacher: nn.Module | None = None,
-    distill: Distillation | None = None,
-    on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
+    engine: Fabric | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S,
+    hooks: Hooks | None = None,
 ) -> list[EpochMetrics]:
-    """Train `model` in place and leave it in evaluation mode.
+    """Train `objective.model` in place and leave it in evaluation mode, with its moving average where one is kept.
 
     Args:
-        model: has `forward_features`, `feature_dim` and a linear `head`.
-        images: float32 [N, H, W, C], square, pre-processed by `device.preprocess`.
-        labels: int64 [N], 0..K-1.
+        objective: the model and its loss.
+        images: to train on.
+        spec: the model's input.
         config: how to train.
-        seed: of batches, augmentation and the classifier of turned images.
-        teacher: gives `distill` its logits; left as it is.
-        distill: replaces the cross-entropy on upright images; goes with `teacher`.
-        on_epoch: called after every epoch.
+        seed: of batches, augmentation, dropout, and of what the objective draws.
+        engine: the processes; None joins those of `torchrun`, or is one process.
+        checkpoint: file to go on from where it is of this very run, and to write to; None keeps nothing.
+        checkpoint_interval_s: seconds between two writings, beside the one at the end.
+        hooks: what to tell.
 
     Raises:
-        TrainingError: fewer images than a batch, a teacher without a method or the reverse, or a loss that is not
-            finite.
+        TrainingError: fewer images than a batch, mixing with a loss that cannot take it, a loss or weights that are not
+            finite, or another process that ended.
     """
-    if len(images) < config.batch_size:
-        raise TrainingError(
-            f"{len(images)} images are fewer than a batch of {config.batch_size}; lower train.batch_size"
-        )
-    if (teacher is None) != (distill is None):
-        raise TrainingError("a teacher and a distillation method go together; give both or none")
-    with _deterministic(seed):
-        run = _Run(model, config, teacher, distill, seed=seed, steps=config.epochs * (len(images) // config.batch_size))
-        metrics = []
-        for epoch in range(1, config.epochs + 1):
-            metrics.append(run.epoch(epoch, torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)))
-            on_epoch(metrics[-1])
-    model.eval()
+    if config.is_mixing and not objective.takes_mixed:
+        raise TrainingError(f"{type(objective).__name__} cannot take mixed images; set train.mixup and cutmix to 0")
+    engine = engine or make_engine(config.precision)
+    with _deterministic():
+        run = _Run(objective, images, spec, config, engine, seed=seed, hooks=hooks or Hooks())
+        keeper = _Keeper(run, checkpoint, checkpoint_interval_s)
+        try:
+            metrics = run.to_the_end(keeper)
+        except RuntimeError as error:
+            if engine.world_size > 1 and is_connection_lost(error):
+                raise TrainingError(
+                    "another process of this run has ended; its own message says why: start the same command again to go on"
+                ) from error
+            raise
+    run.finish()
     return metrics
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Of the epoch under way, over the images of this process."""
+
+    loss: float = 0.0
+    batches: int = 0
+    right: int = 0
+    seen: int = 0
+
+
 class _Run:
-    """What lasts from batch to batch: optimizer, schedule, generator and the classifier of turned images."""
+    """What lasts from step to step."""
 
     def __init__(
         self,
-        model: nn.Module,
+        objective: Objective,
+        images: LabeledImages,
+        spec: InputSpec,
         config: TrainConfig,
-        teacher: nn.Module | None,
-        distill: Distillation | None,
+        engine: Fabric,
         *,
         seed: int,
-        steps: int,
+        hooks: Hooks,
     ) -> None:
-        self.model, self.config, self.distill = model.train(), config, distill
-        self.teacher = teacher.eval() if teacher else None
-        self.generator = torch.Generator().manual_seed(seed)
-        self.turned_head = nn.Linear(model.feature_dim, model.head.out_features * NUM_TURNS)
-        self.parameters = [*model.parameters(), *self.turned_head.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters, config.weight_decay), lr=config.learning_rate, fused=True
-        )
-        warmup = math.ceil(steps * config.warmup_share)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _lr_factor(step, warmup, steps))
+        self.objective, self.config, self.engine, self.seed, self.hooks = objective, config, engine, seed, hooks
+        rank, world_size = engine.global_rank, engine.world_size
+        self.batches = EpochBatches(images, config, seed=seed, rank=rank, world_size=world_size)
+        self.loader = make_loader(TrainingImages(images, spec, config, seed=seed), self.batches, workers=config.workers)
+        self.module, self.optimizer = engine.setup(objective, make_optimizer(objective, config))
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        num_classes = objective.model.head.out_features
+        self.augment = BatchAugmentation(config, num_classes=num_classes, torch_device=engine.device)
+        self.average = ModelEmaV3(objective.model, decay=config.ema_decay) if config.ema_decay else None
+        self.steps = config.epochs * self.batches.steps
+        self.step = 0
+        self.sums = _Sums()
+        self.metrics: list[EpochMetrics] = []
+        self.recipe = _digest(objective, images, spec, config, seed)
 
-    def epoch(self, epoch: int, images: Tensor, labels: Tensor) -> EpochMetrics:
-        losses, right, seen = [], 0, 0
-        for batch, index in enumerate(self._batches(len(images)), start=1):
-            distorted = augment(images[index], self.generator, strength=self.config.augment_strength)
-            loss, logits, upright = self._loss(distorted, labels[index])
-            if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"the loss is {loss.item()} in epoch {epoch}, batch {batch}; lower train.learning_rate"
-                )
-            self._step(loss)
-            losses.append(loss.item())
-            right += int((logits.argmax(dim=1) == labels[index][upright]).sum())
-            seen += int(upright.sum())
-        rate = self.schedule.get_last_lr()[0]
-        return EpochMetrics(
-            epoch=epoch, loss=sum(losses) / len(losses), accuracy=right / max(seen, 1), learning_rate=rate
-        )
+    def to_the_end(self, keeper: "_Keeper") -> list[EpochMetrics]:
+        keeper.restore()
+        for metrics in self.metrics:
+            self._tell_epoch(metrics)
+        while self.step < self.steps:
+            self._epoch(1 + self.step // self.batches.steps, keeper)
+        keeper.save()
+        return self.metrics
 
-    def _batches(self, count: int) -> Iterator[Tensor]:
-        """Full batches of indices in random order; the rest has its turn in another epoch."""
-        order = torch.randperm(count, generator=self.generator)
-        size = self.config.batch_size
-        return (order[start : start + size] for start in range(0, count - size + 1, size))
+    def _epoch(self, epoch: int, keeper: "_Keeper") -> None:
+        self.batches.epoch, self.batches.first_step = epoch, self.step % self.batches.steps
+        self.objective.train()
+        self.objective.start_epoch(epoch, self.config.epochs)
+        parts: list[tuple[Tensor, Tensor]] = []
+        for images, labels in self.loader:
+            parts.append((images.to(self.engine.device), labels.to(self.engine.device)))
+            if len(parts) == self.config.accumulate:
+                self._step(epoch, parts)
+                parts = []
+                if self.step % self.batches.steps:
+                    keeper.save_if_due()
+        self._end_epoch(epoch)
+        keeper.save_if_due()
 
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, the upright images' logits, and which images are upright [B]."""
-        turns = self._draw_turns(len(images))
-        images = quarter_turns(images, turns)
-        upright = turns == 0
-        features = self.model.forward_features(images)  # [B, D]
-        logits = self.model.head(features[upright])
-        loss = self._upright_loss(logits, images[upright], labels[upright])
-        if self.config.turned_share:
-            turned_labels = labels * NUM_TURNS + turns
-            smoothing = self.config.label_smoothing
-            loss = loss + F.cross_entropy(self.turned_head(features), turned_labels, label_smoothing=smoothing)
-        return loss, logits, upright
-
-    def _upright_loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        if self.teacher is None or self.distill is None:
-            return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        return self.distill.loss(logits, teacher_logits, labels)
-
-    def _draw_turns(self, count: int) -> Tensor:
-        turns = torch.randint(1, NUM_TURNS, (count,), generator=self.generator)
-        turned = torch.rand(count, generator=self.generator) < self.config.turned_share
-        turned[0] = False  # a batch without an upright image would have no loss
-        return turns * turned
-
-    def _step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+    def _step(self, epoch: int, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """One step of the optimizer on this process's parts of a batch."""
+        rate = learning_rate(self.config, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        seed_all(self.seed, self.step, self.engine.global_rank)
+        batch = [(*self.augment(images, labels, epoch=epoch), labels) for images, labels in parts]
+        loss = self._gradients(epoch, batch, counts=True)
+        if self.config.sam_radius:
+            before = climb(self.parameters, self.config.sam_radius)
+            seed_all(self.seed, self.step, self.engine.global_rank)
+            with frozen_statistics(self.objective):
+                self._gradients(epoch, batch, counts=False)
+            restore(self.parameters, before)
+        if self.config.max_grad_norm:
+            self.engine.clip_gradients(
+                self.module, self.optimizer, max_norm=self.config.max_grad_norm, error_if_nonfinite=False
+            )
         self.optimizer.step()
-        self.schedule.step()
+        if self.average:
+            self.average.update(self.objective.model)
+        self.step += 1
+        self.sums.loss += loss
+        self.sums.batches += 1
+        if self.engine.is_global_zero:
+            self.hooks.on_step(self.step, self.steps, loss)
+
+    def _gradients(self, epoch: int, batch: list[tuple[Tensor, Tensor | None, Tensor]], *, counts: bool) -> float:
+        """Leave the gradients of the mean loss in the weights; returns that loss."""
+        self.optimizer.zero_grad()
+        total = 0.0
+        for number, (images, targets, labels) in enumerate(batch, start=1):
+            with self.engine.no_backward_sync(self.module, enabled=number < len(batch)):
+                outcome = self.module(images, labels, targets)
+                self.engine.backward(outcome.loss / len(batch))
+            total += outcome.loss.item()
+            if counts:
+                self.sums.right += int((outcome.logits.argmax(dim=1) == outcome.labels).sum())
+                self.sums.seen += len(outcome.labels)
+        loss = self._mean_over_processes(total / len(batch))
+        if not math.isfinite(loss):
+            at = 1 + self.step % self.batches.steps
+            raise TrainingError(
+                f"the loss is {loss} in epoch {epoch}, batch {at} (step {self.step + 1}); the last checkpoint is kept: "
+                "lower train.learning_rate, or set train.max_grad_norm"
+            )
+        return loss
+
+    def _mean_over_processes(self, value: float) -> float:
+        """So that all processes stop at the same loss that is not finite, and rank 0 tells the loss of the whole batch."""
+        if self.engine.world_size == 1:
+            return value
+        return self.engine.all_reduce(torch.tensor(value, device=self.engine.device)).item()
+
+    def _end_epoch(self, epoch: int) -> None:
+        sums = self.engine.to_device(torch.tensor(list(asdict(self.sums).values()), dtype=torch.float64))
+        loss, batches, right, seen = self.engine.all_reduce(sums, reduce_op="sum").tolist()
+        self.sums = _Sums()
+        metrics = EpochMetrics(
+            epoch=epoch,
+            loss=loss / batches,
+            accuracy=right / max(seen, 1),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            validation=self._validate(epoch),
+        )
+        self.metrics.append(metrics)
+        self._tell_epoch(metrics)
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        if self.hooks.validate is None or not self.engine.is_global_zero:
+            return {}
+        model = self.average.module if self.average else self.objective.model
+        with torch.no_grad():
+            return dict(self.hooks.validate(_evaluating(model), epoch))
+
+    def _tell_epoch(self, metrics: EpochMetrics) -> None:
+        if self.engine.is_global_zero:
+            self.hooks.on_epoch(metrics)
+
+    def state(self) -> State:
+        weights = dict(self.objective.state_dict())
+        if self.average:
+            weights |= {f"ema.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        return State(
+            step=self.step,
+            weights=weights,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.engine.strategy.precision.state_dict(),
+            records={"metrics": [asdict(metrics) for metrics in self.metrics], "sums": asdict(self.sums)},
+            recipe=self.recipe,
+        )
+
+    def load(self, state: State) -> None:
+        average = {n.removeprefix("ema."): t for n, t in state.weights.items() if n.startswith("ema.")}
+        self.objective.load_state_dict({n: t for n, t in state.weights.items() if not n.startswith("ema.")})
+        if self.average:
+            self.average.module.load_state_dict(average)
+        self.optimizer.optimizer.load_state_dict(dict(state.optimizer))
+        if state.scaler:
+            self.engine.strategy.precision.load_state_dict(dict(state.scaler))
+        self.step = state.step
+        self.metrics = [EpochMetrics(**entry) for entry in state.records["metrics"]]
+        self.sums = _Sums(**state.records["sums"]) if self.engine.is_global_zero else _Sums()
+
+    def finish(self) -> None:
+        """Leave the moving average in the model, where there is one, and evaluation mode."""
+        if self.average:
+            self.objective.model.load_state_dict(self.average.module.state_dict())
+        _evaluating(self.objective)
 
 
-def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
-    """Weights decay; biases, norms and scales, which have one dimension, do not."""
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+class _Keeper:
+    """Writes checkpoints on rank 0, and gives all processes the one to go on from."""
+
+    def __init__(self, run: _Run, path: Path | None, interval_s: float) -> None:
+        self.run, self.path, self.interval_s = run, path, interval_s
+        self.last = time.monotonic()
+
+    def restore(self) -> None:
+        if self.path is None:
+            return
+        state = load_state(self.path, recipe=self.run.recipe) if self.run.engine.is_global_zero else None
+        state = self.run.engine.broadcast(state)
+        if state is not None:
+            self.run.load(state)
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self.last >= self.interval_s:
+            self.save()
+
+    def save(self) -> None:
+        if self.path is not None and self.run.engine.is_global_zero:
+            save_state(self.run.state(), self.path)
+        self.last = time.monotonic()
 
 
-def _lr_factor(step: int, warmup: int, steps: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+def _evaluating(module: nn.Module) -> nn.Module:
+    """In evaluation mode, without what some of timm's modules keep of weights they had in that mode before."""
+    return module.train().eval()
+
+
+def _digest(objective: Objective, images: LabeledImages, spec: InputSpec, config: TrainConfig, seed: int) -> str:
+    """What a checkpoint must be of to go on from it: these weights, labels, input and settings."""
+    shapes = {name: list(tensor.shape) for name, tensor in objective.state_dict().items()}
+    labels = hashlib.sha256(images.labels.tobytes()).hexdigest()
+    settings = {name: value for name, value in asdict(config).items() if name != "workers"}
+    record = [type(objective).__name__, shapes, labels, asdict(spec), settings, seed]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    """Seed PyTorch and allow only deterministic operations; both are as before afterwards."""
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
+def _deterministic() -> Iterator[None]:
+    """Allow only deterministic operations, and put the random states back afterwards."""
+    was_deterministic, was_filling = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch_deterministic.fill_uninitialized_memory,
+    )
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        torch_deterministic.fill_uninitialized_memory = False  # a costly aid against reading what nobody wrote
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was_deterministic)
+            torch_deterministic.fill_uninitialized_memory = was_filling
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
