@@ -4,6 +4,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from host.models.checks import require_images
 from host.models.deploy import fold_batch_norms, inference_copy
 from host.models.entry import ModelEntry
 
@@ -32,6 +33,7 @@ class CNN(nn.Module):
         self.head = nn.Linear(self.feature_dim, num_classes)
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
+        require_images(self, images_nchw)
         return self.blocks(images_nchw).mean(dim=(2, 3))  # [B, D]
 
     def forward(self, images_nchw: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class CNN(nn.Module):
     def deploy(self) -> Self:
         """The inference form: batch norms folded."""
         model = inference_copy(self)
-        fold_batch_norms(model, self.head.weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
+        fold_batch_norms(model)
         return model
 
 

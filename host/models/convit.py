@@ -17,6 +17,7 @@ from timm.models.convit import GPSA, Block
 from torch import Tensor, nn
 
 from host.errors import ModelError
+from host.models.checks import require_patches
 from host.models.deploy import make_linear, replace_modules
 
 MLP_RATIO = 4
@@ -109,11 +110,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def _require_layout(image_size: int, patch_size: int, embed_dim: int, num_heads: int, *, depth: int) -> None:
-    if patch_size < 1 or image_size % patch_size or image_size < 2 * patch_size:
-        raise ModelError(
-            "image_size must be a multiple of patch_size, twice it or more; "
-            f"got {image_size} with patches of {patch_size}"
-        )
+    require_patches(image_size, patch_size, per_side=2)  # one patch has no neighbours to attend to
     if num_heads < 1 or embed_dim < num_heads or embed_dim % num_heads:
         raise ModelError(f"embed_dim must be a multiple of num_heads, got {embed_dim} with {num_heads} heads")
     if depth < 1:

@@ -17,9 +17,9 @@ model and the narrow one differ there, while they are equal in every width of `B
 
 The inference form keeps its tokens in rows [N B, D], the token before the image. Then every layer is a plain matrix
 product; the rows split into [B heads, N, QK] without a fourth axis; and the first rows are the class tokens, all that
-the last block has to compute, which saves 7 % of the MACs of DeiT-tiny and 13 % of `field-32`. In every other form that
-we tried, litert-torch takes q k^T of a single head for a fully connected layer with computed weights, which XNNPACK
-refuses. Norms keep their scale and shift: folding them into the next layer saves no operation in either format.
+the last block has to compute. In every other form that we tried, litert-torch takes q k^T of a single head for a fully
+connected layer with computed weights, which XNNPACK refuses. Norms keep their scale and shift: folding them into the
+next layer saves no operation in either format.
 
 Shapes: B batch, C channels, H W image, N tokens, P = 1 or 2 of them in front of the patches, D embedding, K classes.
 """
@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from host.errors import ModelError
+from host.models.checks import require_drop_path, require_images, require_patches
 from host.models.deploy import inference_copy, make_linear
 from host.models.entry import ModelEntry
-from host.models.heads import TIMM_HEADS, renamed
+from host.models.heads import TIMM_HEADS, TokenHeads, renamed
 from host.models.vit_widths import HEAD_DIM, BlockWidths, revit_widths, uniform_widths
 
 NORM_EPS = 1e-6
@@ -104,33 +105,6 @@ class PatchEmbed(nn.Module):
         return self.proj(images_nchw).flatten(2).transpose(1, 2)
 
 
-class TokenHeads(nn.Module):
-    """Features [B, 2 D], [z_CLS ; z_DIST], to logits [B, K]: the mean of one head on each token.
-
-    The head on CLS follows the labels, the one on DIST a teacher.
-    """
-
-    def __init__(self, embed_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.out_features = num_classes
-        self.classes = nn.Linear(embed_dim, num_classes)
-        self.teacher = nn.Linear(embed_dim, num_classes)
-
-    def forward(self, features: Tensor) -> Tensor:
-        classes, teacher = self.separate(features)
-        return (classes + teacher) / 2
-
-    def separate(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The two logits [B, K], which distillation compares with labels and teacher."""
-        z_cls, z_dist = features.chunk(2, dim=1)
-        return self.classes(z_cls), self.teacher(z_dist)
-
-    def merged(self) -> nn.Linear:
-        """One linear head with the same output."""
-        weight = torch.cat([self.classes.weight, self.teacher.weight], dim=1) / 2  # [K, 2 D]
-        return make_linear(weight, (self.classes.bias + self.teacher.bias) / 2)
-
-
 class VisionTransformer(nn.Module):
     """Images [B, C, H, W] to features [B, P D] and logits [B, K]; H = W = `image_size`.
 
@@ -147,7 +121,7 @@ class VisionTransformer(nn.Module):
 
     Raises:
         ModelError: the image cannot be cut into patches, there is no block or no channel, the scale is not positive,
-            `drop_path` is not in [0, 1), or images of another size arrive.
+            `drop_path` is not in [0, 1), or images of another shape arrive.
     """
 
     def __init__(
@@ -166,7 +140,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         _require_layout(image_size, patch_size, embed_dim, len(self.widths))
-        _require_rates(softmax_scale, drop_path)
+        _require_scale(softmax_scale)
+        require_drop_path(drop_path)
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
         self.embed_dim = embed_dim
         self.softmax_scale = softmax_scale
@@ -203,10 +178,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images_nchw: Tensor) -> Tensor:
         """Tokens [B, N, D] with their positions: CLS, DIST if distilled, patches row by row."""
-        height, width = images_nchw.shape[2:]
-        if (height, width) != (self.image_size, self.image_size):
-            size = self.image_size
-            raise ModelError(f"this transformer takes images of {size}x{size} pixels only, got {height}x{width}")
+        require_images(self, images_nchw)
         prefix = self.prefix_tokens.expand(len(images_nchw), -1, -1)
         return torch.cat([prefix, self.patch_embed(images_nchw)], dim=1) + self.pos_embed
 
@@ -290,6 +262,7 @@ class InferenceTransformer(nn.Module):
 
     def embed(self, images_nchw: Tensor) -> Tensor:
         """Tokens in rows [N B, D]."""
+        require_images(self, images_nchw)
         patches = self.patch_embed(images_nchw).permute(0, 2, 3, 1).flatten(1, 2).transpose(0, 1)  # [N - P, B, D]
         prefix = self.prefix.expand(-1, len(images_nchw), -1)
         return torch.cat([prefix, patches + self.patch_positions]).flatten(0, 1)
@@ -313,15 +286,13 @@ def deit(*, num_heads: int, num_classes: int, in_chans: int, **options: Any) -> 
     Tiny has 3 heads, small 6, base 12; `is_distilled` adds the distillation token. The paper's `drop_path` is 0.1.
     """
     embed_dim = HEAD_DIM * num_heads
-    return VisionTransformer(
-        num_classes=num_classes,
-        in_chans=in_chans,
-        image_size=224,
-        patch_size=16,
-        embed_dim=embed_dim,
-        widths=uniform_widths(12, num_heads, HEAD_DIM, 4 * embed_dim),
-        **options,
-    )
+    layout = {
+        "image_size": 224,
+        "patch_size": 16,
+        "embed_dim": embed_dim,
+        "widths": uniform_widths(12, num_heads, HEAD_DIM, 4 * embed_dim),
+    }
+    return VisionTransformer(num_classes=num_classes, in_chans=in_chans, **{**layout, **options})
 
 
 def field_32(*, num_classes: int, in_chans: int, **options: Any) -> VisionTransformer:
@@ -338,16 +309,16 @@ def field_64(*, num_classes: int, in_chans: int, **options: Any) -> VisionTransf
     return _field(64, 8, num_classes=num_classes, in_chans=in_chans, **options)
 
 
-def _field(image_size: int, patch_size: int, **options: Any) -> VisionTransformer:
+def _field(image_size: int, patch_size: int, /, **options: Any) -> VisionTransformer:
     head_dim = 32
-    return VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size,
-        embed_dim=128,
-        widths=uniform_widths(6, 4, head_dim, 256),
-        softmax_scale=head_dim**-0.5,
-        **options,
-    )
+    layout = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "embed_dim": 128,
+        "widths": uniform_widths(6, 4, head_dim, 256),
+        "softmax_scale": head_dim**-0.5,
+    }
+    return VisionTransformer(**{**layout, **options})
 
 
 def revit(
@@ -363,17 +334,14 @@ def revit(
 
 
 def _require_layout(image_size: int, patch_size: int, embed_dim: int, depth: int) -> None:
-    if patch_size < 1 or image_size < patch_size or image_size % patch_size:
-        raise ModelError(f"image_size must be a multiple of patch_size {patch_size}, got {image_size}")
+    require_patches(image_size, patch_size)
     if embed_dim < 1 or depth < 1:
         raise ModelError(f"embed_dim and the number of blocks must be 1 or more, got {embed_dim} and {depth}")
 
 
-def _require_rates(softmax_scale: float, drop_path: float) -> None:
+def _require_scale(softmax_scale: float) -> None:
     if not 0 < softmax_scale < math.inf:
         raise ModelError(f"softmax_scale must be positive, got {softmax_scale}")
-    if not 0 <= drop_path < 1:
-        raise ModelError(f"drop_path must be 0 or more and below 1, got {drop_path}")
 
 
 def _published(variant: str, num_heads: int, parameters: int, macs: int, *, is_distilled: bool = False) -> ModelEntry:

@@ -6,6 +6,7 @@ pooling mixer as Pool(X) + X; the authors' code and timm compute X + gamma * (Po
 Where we differ:
 - The grid of the attention bias follows `image_size`; timm fixes it to 7 x 7, that is to 224-pixel images.
 - The attention bias is gathered at every call; timm keeps it between calls. In the inference form it is a constant.
+- In the inference form the queries' weights hold the softmax scale: float16 ends at 65504, and a product is spared.
 - The 1 x 1 convolutions of the published variants start from N(0, 0.02), as in the authors' code and not in timm's.
 - Our small variants take features from several stages (`tap_grids`), each pooled to a grid and normalized. New classes
   are learned from frozen features on a board, and early, still local features tell apart what the last stage was never
@@ -16,7 +17,8 @@ pooling, which has none. The pooling stays an average pooling that does not coun
 pooling is just that, and Core ML has a flag for it. A depthwise convolution filled with 1/9 would be wrong at the edge.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from host.errors import ModelError
+from host.models.checks import require_drop_path, require_images, require_multiple
 from host.models.deploy import fold_batch_norms, inference_copy, replace_modules
 from host.models.entry import ModelEntry, StateDict
 from host.models.heads import TIMM_HEADS, DistillationHeads, renamed
@@ -50,9 +53,12 @@ class FixedGridAttention(nn.Module):
 
     def __init__(self, attention: GridAttention) -> None:
         super().__init__()
-        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.num_heads = attention.num_heads
         self.widths = [attention.key_dim, attention.key_dim, attention.val_dim]
         self.qkv, self.proj = attention.qkv, attention.proj
+        factors = torch.ones(self.num_heads, sum(self.widths)).to(self.qkv.weight)
+        factors[:, : attention.key_dim] = attention.scale
+        scale_outputs(self.qkv, factors.flatten())
         bias = attention.attention_biases.detach()[:, attention.attention_bias_idxs]
         self.register_buffer("bias_map", bias)  # [heads, N, N]
 
@@ -60,7 +66,7 @@ class FixedGridAttention(nn.Module):
         batch, num_tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, num_tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = qkv.split(self.widths, dim=3)  # [B, heads, N, width]
-        weights = (q @ k.transpose(2, 3) * self.scale + self.bias_map).softmax(dim=-1)  # [B, heads, N, N]
+        weights = (q @ k.transpose(2, 3) + self.bias_map).softmax(dim=-1)  # [B, heads, N, N]
         return self.proj((weights @ v).transpose(1, 2).reshape(batch, num_tokens, -1))
 
 
@@ -81,7 +87,7 @@ class EfficientFormer(nn.Module):
         distilled: whether a second head follows a teacher.
 
     Raises:
-        ModelError: no such layout.
+        ModelError: no such layout, or images of another shape arrive.
     """
 
     def __init__(
@@ -105,8 +111,7 @@ class EfficientFormer(nn.Module):
         sizes = [image_size // (STEM_STRIDE * 2**index) for index in range(len(widths))]
         grids = (0,) * (len(widths) - 1) + (1,) if tap_grids is None else tap_grids
         _require_layout(image_size, sizes, depths, num_vit, grids)
-        if not 0 <= drop_path < 1:
-            raise ModelError(f"drop_path must be at least 0 and below 1, got {drop_path}")
+        require_drop_path(drop_path)
         self.image_size, self.in_chans = image_size, in_chans
         self.tap_grids = grids
         self.tap_kernels = [size // max(grid, 1) for size, grid in zip(sizes, grids, strict=True)]
@@ -128,6 +133,7 @@ class EfficientFormer(nn.Module):
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
         """Features [B, D], the taps one after another."""
+        require_images(self, images_nchw)
         x = self.stem(images_nchw)  # [B, C1, H / 4, W / 4]
         taps = []
         for stage, grid, kernel, norm in zip(
@@ -148,24 +154,26 @@ class EfficientFormer(nn.Module):
             model.head = model.head.merged()
         _fold_layer_scales(model)
         replace_modules(model, GridAttention, FixedGridAttention)
-        weight = model.head.weight
-        fold_batch_norms(model, weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
-        return model.eval()
+        fold_batch_norms(model)
+        return model
 
 
 def l1(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormer:
     """EfficientFormer-L1, 12.3 million parameters."""
-    return _published(num_classes, in_chans, widths=(48, 96, 224, 448), depths=(3, 2, 6, 4), num_vit=1, **options)
+    layout = {"widths": (48, 96, 224, 448), "depths": (3, 2, 6, 4), "num_vit": 1}
+    return _published(num_classes, in_chans, **{**layout, **options})
 
 
 def l3(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormer:
     """EfficientFormer-L3, 31.4 million parameters."""
-    return _published(num_classes, in_chans, widths=(64, 128, 320, 512), depths=(4, 4, 12, 6), num_vit=4, **options)
+    layout = {"widths": (64, 128, 320, 512), "depths": (4, 4, 12, 6), "num_vit": 4}
+    return _published(num_classes, in_chans, **{**layout, **options})
 
 
 def l7(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormer:
     """EfficientFormer-L7, 82.2 million parameters; its last stage has attention blocks only."""
-    return _published(num_classes, in_chans, widths=(96, 192, 384, 768), depths=(6, 6, 18, 8), num_vit=8, **options)
+    layout = {"widths": (96, 192, 384, 768), "depths": (6, 6, 18, 8), "num_vit": 8}
+    return _published(num_classes, in_chans, **{**layout, **options})
 
 
 def field_32(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormer:
@@ -174,19 +182,9 @@ def field_32(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFor
     Against EfficientFormer-L1: 0.36 million parameters instead of 12, 4 heads instead of 8 with half as wide keys, a
     4 x 4 instead of a 7 x 7 attention grid, and 256 features: stage 1 averaged to 2 x 2, stage 2 to one vector.
     """
-    return EfficientFormer(
-        image_size=32,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        widths=(40, 96),
-        depths=(2, 3),
-        num_vit=1,
-        tap_grids=(2, 1),
-        num_heads=4,
-        key_dim=16,
-        layer_scale=0.1,
-        **options,
-    )
+    layout = {"image_size": 32, "widths": (40, 96), "depths": (2, 3), "num_vit": 1, "tap_grids": (2, 1)}
+    settings = {"num_heads": 4, "key_dim": 16, "layer_scale": 0.1}
+    return EfficientFormer(in_chans=in_chans, num_classes=num_classes, **{**layout, **settings, **options})
 
 
 def field_64(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormer:
@@ -195,19 +193,9 @@ def field_64(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFor
     Against EfficientFormer-L1: 1.3 million parameters instead of 12, 4 heads instead of 8 with half as wide keys, a
     4 x 4 instead of a 7 x 7 attention grid, and 304 features, the mean of every stage.
     """
-    return EfficientFormer(
-        image_size=64,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        widths=(48, 96, 160),
-        depths=(2, 2, 4),
-        num_vit=1,
-        tap_grids=(1, 1, 1),
-        num_heads=4,
-        key_dim=16,
-        layer_scale=0.1,
-        **options,
-    )
+    layout = {"image_size": 64, "widths": (48, 96, 160), "depths": (2, 2, 4), "num_vit": 1, "tap_grids": (1, 1, 1)}
+    settings = {"num_heads": 4, "key_dim": 16, "layer_scale": 0.1}
+    return EfficientFormer(in_chans=in_chans, num_classes=num_classes, **{**layout, **settings, **options})
 
 
 def from_timm(state: StateDict) -> dict[str, Tensor]:
@@ -297,9 +285,7 @@ def _require_layout(
 ) -> None:
     if not len(sizes) == len(depths) == len(tap_grids):
         raise ModelError(f"depths {depths}, tap_grids {tap_grids} need {len(sizes)} values, one per stage")
-    stride = STEM_STRIDE * 2 ** (len(sizes) - 1)
-    if image_size < stride or image_size % stride:
-        raise ModelError(f"image_size must be a multiple of {stride}, got {image_size}")
+    require_multiple(image_size, STEM_STRIDE * 2 ** (len(sizes) - 1), "the stride of the last stage")
     if not 1 <= num_vit <= depths[-1]:
         raise ModelError(f"num_vit must be 1..{depths[-1]}, the depth of the last stage, got {num_vit}")
     if any(grid and size % grid for size, grid in zip(sizes, tap_grids, strict=True)):
@@ -308,68 +294,46 @@ def _require_layout(
         raise ModelError(f"tap_grids must end in 0 or 1 and take at least one stage, got {tap_grids}")
 
 
+def _paper_entry(build: Callable[..., EfficientFormer], parameters: int, macs: int, summary: str) -> ModelEntry:
+    return ModelEntry(
+        family="efficientformer",
+        variant=build.__name__,
+        build=build,
+        image_size=224,
+        summary=summary,
+        paper=PAPER,
+        parameters=parameters,
+        macs=macs,
+        is_exact=True,
+        timm_name=f"efficientformer_{build.__name__}",
+        from_timm=from_timm,
+    )
+
+
+_field_entry = partial(ModelEntry, family="efficientformer", paper=PAPER, is_exact=False)
+
 ENTRIES: tuple[ModelEntry, ...] = (
-    ModelEntry(
-        family="efficientformer",
-        variant="l1",
-        build=l1,
-        image_size=224,
-        summary="pooling in four stages, one attention block at 7 x 7",
-        paper=PAPER,
-        parameters=12_289_928,
-        macs=1_291_284_736,
-        is_exact=True,
-        timm_name="efficientformer_l1",
-        from_timm=from_timm,
+    _paper_entry(l1, 12_289_928, 1_291_284_736, "pooling in four stages, one attention block at 7 x 7"),
+    _paper_entry(l3, 31_406_000, 3_906_573_312, "wider and deeper than L1, four attention blocks at 7 x 7"),
+    _paper_entry(
+        l7, 82_229_328, 10_119_325_696, "the largest; all eight blocks of its last stage are attention blocks"
     ),
-    ModelEntry(
-        family="efficientformer",
-        variant="l3",
-        build=l3,
-        image_size=224,
-        summary="wider and deeper than L1, four attention blocks at 7 x 7",
-        paper=PAPER,
-        parameters=31_406_000,
-        macs=3_906_573_312,
-        is_exact=True,
-        timm_name="efficientformer_l3",
-        from_timm=from_timm,
-    ),
-    ModelEntry(
-        family="efficientformer",
-        variant="l7",
-        build=l7,
-        image_size=224,
-        summary="the largest; all eight blocks of its last stage are attention blocks",
-        paper=PAPER,
-        parameters=82_229_328,
-        macs=10_119_325_696,
-        is_exact=True,
-        timm_name="efficientformer_l7",
-        from_timm=from_timm,
-    ),
-    ModelEntry(
-        family="efficientformer",
+    _field_entry(
         variant="field-32",
         build=field_32,
         image_size=32,
         summary="our small EfficientFormer for 32-pixel images; 256 features from two depths",
-        paper=PAPER,
         parameters=359_978,
         macs=7_396_864,
-        is_exact=False,
         num_classes=10,
     ),
-    ModelEntry(
-        family="efficientformer",
+    _field_entry(
         variant="field-64",
         build=field_64,
         image_size=64,
         summary="our small EfficientFormer for 64-pixel images; 304 features from three depths",
-        paper=PAPER,
         parameters=1_343_876,
         macs=41_916_096,
-        is_exact=False,
         num_classes=100,
     ),
 )

@@ -20,7 +20,7 @@ The inference form, `deploy`, has the same outputs from other operations:
 - Layer scales are folded into the batch norms before them, and those into their convolutions.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import timm
 import torch
@@ -33,15 +33,16 @@ from timm.models.efficientformer_v2 import (
 from timm.models.efficientformer_v2 import EfficientFormerV2 as Backbone
 from torch import Tensor, nn
 
-from host.errors import ModelError
+from host.models.checks import require_drop_path, require_images, require_multiple
 from host.models.deploy import replace_modules
 from host.models.efficientformer import fold_layer_scale, scale_outputs
 from host.models.entry import ModelEntry
 from host.models.timm_classifier import TimmClassifier, from_timm
 
 PAPER = "arXiv:2212.08059"
-STRIDE = 32
+STRIDE, FIELD_STRIDE = 32, 16
 """Of the last stage; stage 3, at half of it, must have even maps for its strided attention."""
+HALVED = "for the attention of stage 3 halves its maps"
 
 
 class TalkingHeadsAttention(nn.Module):
@@ -133,6 +134,7 @@ class EfficientFormerV2(TimmClassifier):
     """timm's backbone behind our protocol; its attention biases are gathered in every forward pass."""
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
+        require_images(self, images_nchw)
         features = super().forward_features(images_nchw)
         for module in self.modules():
             if isinstance(module, Attention2d | Attention2dDownsample):
@@ -147,36 +149,47 @@ class EfficientFormerV2(TimmClassifier):
         replace_modules(self.backbone, Attention2dDownsample, DownsampleAttention)
 
 
-def s0(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormerV2:
+def s0(
+    *, num_classes: int, in_chans: int, image_size: int = 224, distilled: bool = True, drop_path: float = 0.0
+) -> EfficientFormerV2:
     """EfficientFormerV2-S0, 3.6 million parameters."""
-    return _published("s0", num_classes, in_chans, **options)
+    return _published("s0", num_classes, in_chans, image_size, distilled, drop_path)
 
 
-def s1(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormerV2:
+def s1(
+    *, num_classes: int, in_chans: int, image_size: int = 224, distilled: bool = True, drop_path: float = 0.0
+) -> EfficientFormerV2:
     """EfficientFormerV2-S1, 6.2 million parameters."""
-    return _published("s1", num_classes, in_chans, **options)
+    return _published("s1", num_classes, in_chans, image_size, distilled, drop_path)
 
 
-def s2(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormerV2:
+def s2(
+    *, num_classes: int, in_chans: int, image_size: int = 224, distilled: bool = True, drop_path: float = 0.02
+) -> EfficientFormerV2:
     """EfficientFormerV2-S2, 12.7 million parameters; stochastic depth 0.02."""
-    return _published("s2", num_classes, in_chans, **{"drop_path": 0.02, **options})
+    return _published("s2", num_classes, in_chans, image_size, distilled, drop_path)
 
 
-def large(*, num_classes: int, in_chans: int, **options: Any) -> EfficientFormerV2:
+def large(
+    *, num_classes: int, in_chans: int, image_size: int = 224, distilled: bool = True, drop_path: float = 0.1
+) -> EfficientFormerV2:
     """EfficientFormerV2-L, 26.3 million parameters; stochastic depth 0.1."""
-    return _published("l", num_classes, in_chans, **{"drop_path": 0.1, **options})
+    return _published("l", num_classes, in_chans, image_size, distilled, drop_path)
 
 
-def field_64(*, num_classes: int, in_chans: int, distilled: bool = False, drop_path: float = 0.0) -> EfficientFormerV2:
+def field_64(
+    *, num_classes: int, in_chans: int, image_size: int = 64, distilled: bool = False, drop_path: float = 0.0
+) -> EfficientFormerV2:
     """`field-64`, ours and not the paper's: stages at 16 x 16, 8 x 8, 8 x 8 and 4 x 4 for 64-pixel images.
 
     Against EfficientFormerV2-S0: 0.95 million parameters instead of 3.6, two blocks per stage instead of up to six,
     attention at 4 x 4 instead of 7 x 7, one head. Stage 3 does not shrink the maps: its attention, which halves them,
     would see 2 x 2. `layer_scale` starts at 0.1, as in our small variants of the first version.
     """
-    _require_drop_path(drop_path)
+    require_multiple(image_size, FIELD_STRIDE, HALVED)
+    require_drop_path(drop_path)
     backbone = Backbone(
-        img_size=64,
+        img_size=image_size,
         in_chans=in_chans,
         num_classes=0,
         embed_dims=(32, 48, 48, 112),
@@ -186,21 +199,14 @@ def field_64(*, num_classes: int, in_chans: int, distilled: bool = False, drop_p
         drop_path_rate=drop_path,
         layer_scale_init_value=0.1,
     )
-    return EfficientFormerV2(backbone, image_size=64, num_classes=num_classes, is_distilled=distilled)
+    return EfficientFormerV2(backbone, image_size=image_size, num_classes=num_classes, is_distilled=distilled)
 
 
 def _published(
-    variant: str,
-    num_classes: int,
-    in_chans: int,
-    *,
-    image_size: int = 224,
-    distilled: bool = True,
-    drop_path: float = 0.0,
+    variant: str, num_classes: int, in_chans: int, image_size: int, distilled: bool, drop_path: float
 ) -> EfficientFormerV2:
-    if image_size < STRIDE or image_size % STRIDE:
-        raise ModelError(f"image_size must be a multiple of {STRIDE}, for stage 3 halves its maps, got {image_size}")
-    _require_drop_path(drop_path)
+    require_multiple(image_size, STRIDE, HALVED)
+    require_drop_path(drop_path)
     backbone = timm.create_model(
         f"efficientformerv2_{variant}",
         num_classes=0,
@@ -211,70 +217,37 @@ def _published(
     return EfficientFormerV2(backbone, image_size=image_size, num_classes=num_classes, is_distilled=distilled)
 
 
-def _require_drop_path(drop_path: float) -> None:
-    if not 0 <= drop_path < 1:
-        raise ModelError(f"drop_path must be at least 0 and below 1, got {drop_path}")
-
-
 def _fold_layer_scales(block: EfficientFormerV2Block) -> None:
     fold_layer_scale(block, "ls2", block.mlp.fc2.bn)
     if isinstance(block.token_mixer, Attention2d):
         fold_layer_scale(block, "ls1", block.token_mixer.proj.bn)
 
 
+def _paper_entry(
+    variant: str, build: Callable[..., EfficientFormerV2], parameters: int, macs: int, summary: str
+) -> ModelEntry:
+    return ModelEntry(
+        family="efficientformerv2",
+        variant=variant,
+        build=build,
+        image_size=224,
+        summary=summary,
+        paper=PAPER,
+        parameters=parameters,
+        macs=macs,
+        is_exact=True,
+        timm_name=f"efficientformerv2_{variant}",
+        from_timm=from_timm,
+    )
+
+
 ENTRIES: tuple[ModelEntry, ...] = (
-    ModelEntry(
-        family="efficientformerv2",
-        variant="s0",
-        build=s0,
-        image_size=224,
-        summary="the smallest; attention in four blocks and between the last two stages",
-        paper=PAPER,
-        parameters=3_600_256,
-        macs=395_892_544,
-        is_exact=True,
-        timm_name="efficientformerv2_s0",
-        from_timm=from_timm,
+    _paper_entry(
+        "s0", s0, 3_600_256, 395_892_544, "the smallest; attention in four blocks and between the last two stages"
     ),
-    ModelEntry(
-        family="efficientformerv2",
-        variant="s1",
-        build=s1,
-        image_size=224,
-        summary="deeper and wider than S0, the same attention blocks",
-        paper=PAPER,
-        parameters=6_185_560,
-        macs=651_969_640,
-        is_exact=True,
-        timm_name="efficientformerv2_s1",
-        from_timm=from_timm,
-    ),
-    ModelEntry(
-        family="efficientformerv2",
-        variant="s2",
-        build=s2,
-        image_size=224,
-        summary="eight attention blocks",
-        paper=PAPER,
-        parameters=12_710_112,
-        macs=1_246_863_952,
-        is_exact=True,
-        timm_name="efficientformerv2_s2",
-        from_timm=from_timm,
-    ),
-    ModelEntry(
-        family="efficientformerv2",
-        variant="l",
-        build=large,
-        image_size=224,
-        summary="the largest; twelve attention blocks",
-        paper=PAPER,
-        parameters=26_322_288,
-        macs=2_552_546_880,
-        is_exact=True,
-        timm_name="efficientformerv2_l",
-        from_timm=from_timm,
-    ),
+    _paper_entry("s1", s1, 6_185_560, 651_969_640, "deeper and wider than S0, the same attention blocks"),
+    _paper_entry("s2", s2, 12_710_112, 1_246_863_952, "eight attention blocks"),
+    _paper_entry("l", large, 26_322_288, 2_552_546_880, "the largest; twelve attention blocks"),
     ModelEntry(
         family="efficientformerv2",
         variant="field-64",

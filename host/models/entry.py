@@ -24,7 +24,8 @@ class ModelEntry:
         paper: where the architecture is from, as `arXiv:NUMBER`.
         parameters, macs: exact counts for `num_classes` and `in_chans`; MACs are those of convolutions and matrix
             products for one image.
-        is_exact: True for a published configuration; False for one of ours.
+        is_exact: True for a published configuration, with the parameters that are stated of it; where a part of it is
+            assumed, the summary says so. False for one of ours.
         num_classes, in_chans: of the published configuration.
         timm_name: timm's name of the same model, whose weights this one loads; empty where timm has none.
         from_timm: gives timm's weights the names that this model has.

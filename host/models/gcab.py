@@ -15,12 +15,13 @@ Where we differ:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from host.errors import ModelError
+from host.models.checks import require_drop_path, require_images
 from host.models.convit import MLP_RATIO, ConViTEncoder
 from host.models.deploy import inference_copy, make_linear
 from host.models.entry import ModelEntry
@@ -59,6 +60,9 @@ class GatedViT(nn.Module):
 
     Attributes:
         tasks: as above; K is their sum.
+
+    Raises:
+        ModelError: no such layout, or images of another shape arrive.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class GatedViT(nn.Module):
         super().__init__()
         if not tasks:
             raise ModelError("tasks must name at least one task's number of classes, got none")
+        require_drop_path(drop_path)
         self.image_size, self.in_chans, self.embed_dim = image_size, in_chans, embed_dim
         self.encoder = ConViTEncoder(
             image_size=image_size,
@@ -120,6 +125,7 @@ class GatedViT(nn.Module):
 
     def forward_tokens(self, images_nchw: Tensor) -> Tensor:
         """The encoder's tokens [B, N, D], which all tasks read."""
+        require_images(self, images_nchw)
         return self.encoder(images_nchw)
 
     def class_attention(self, tokens: Tensor, task: int) -> Tensor:
@@ -144,7 +150,7 @@ class GatedViT(nn.Module):
         model.encoder.fix_positions()
         model.class_block = FoldedBlock(model.class_block)
         model.head = model.head.merged()
-        return model
+        return model.eval()
 
     def _freeze_learned(self) -> None:
         for part in (self.encoder, self.class_block):
@@ -155,63 +161,51 @@ class GatedViT(nn.Module):
         self.head.requires_grad_(False)
 
 
-def cifar(*, num_classes: int, in_chans: int, tasks: Sequence[int] = ()) -> GatedViT:
+_PAPER_SIZES = {"embed_dim": 384, "depth": 5, "num_heads": 12, "drop_path": 0.1}
+_FIELD = {"depth": 3, "num_heads": 4, "drop_path": 0.0}
+
+
+def cifar(*, num_classes: int, in_chans: int, **options: Any) -> GatedViT:
     """`cifar`: 32-pixel images in 8 x 8 patches of 4, as the authors have it for CIFAR-100."""
-    return _build(32, 4, in_chans, num_classes, tasks)
+    return _build(32, 4, in_chans, num_classes, **options)
 
 
-def tiny_imagenet(*, num_classes: int, in_chans: int, tasks: Sequence[int] = ()) -> GatedViT:
+def tiny_imagenet(*, num_classes: int, in_chans: int, **options: Any) -> GatedViT:
     """`tiny-imagenet`: 64-pixel images in 8 x 8 patches of 8."""
-    return _build(64, 8, in_chans, num_classes, tasks)
+    return _build(64, 8, in_chans, num_classes, **options)
 
 
-def imagenet(*, num_classes: int, in_chans: int, tasks: Sequence[int] = ()) -> GatedViT:
+def imagenet(*, num_classes: int, in_chans: int, **options: Any) -> GatedViT:
     """`imagenet`: 224-pixel images in 14 x 14 patches of 16, as the authors have it for ImageNet-100."""
-    return _build(224, 16, in_chans, num_classes, tasks)
+    return _build(224, 16, in_chans, num_classes, **options)
 
 
-def field_32(*, num_classes: int, in_chans: int, tasks: Sequence[int] = ()) -> GatedViT:
+def field_32(*, num_classes: int, in_chans: int, **options: Any) -> GatedViT:
     """`field-32`, ours and not the paper's: a small one for 32-pixel images.
 
     Against `cifar`: 96 channels instead of 384, 4 heads instead of 12, 3 encoder blocks instead of 5, and no stochastic
     depth.
     """
-    return _build(32, 4, in_chans, num_classes, tasks, embed_dim=96, depth=3, num_heads=4, drop_path=0.0)
+    return _build(32, 4, in_chans, num_classes, **{**_FIELD, "embed_dim": 96, **options})
 
 
-def field_64(*, num_classes: int, in_chans: int, tasks: Sequence[int] = ()) -> GatedViT:
+def field_64(*, num_classes: int, in_chans: int, **options: Any) -> GatedViT:
     """`field-64`, ours and not the paper's: a small one for 64-pixel images.
 
     Against `tiny-imagenet`: 128 channels instead of 384, 4 heads instead of 12, 3 encoder blocks instead of 5, and no
     stochastic depth.
     """
-    return _build(64, 8, in_chans, num_classes, tasks, embed_dim=128, depth=3, num_heads=4, drop_path=0.0)
+    return _build(64, 8, in_chans, num_classes, **{**_FIELD, "embed_dim": 128, **options})
 
 
 def _build(
-    image_size: int,
-    patch_size: int,
-    in_chans: int,
-    num_classes: int,
-    tasks: Sequence[int],
-    *,
-    embed_dim: int = 384,
-    depth: int = 5,
-    num_heads: int = 12,
-    drop_path: float = 0.1,
+    image_size: int, patch_size: int, in_chans: int, num_classes: int, /, *, tasks: Sequence[int] = (), **options: Any
 ) -> GatedViT:
+    """GCAB's: 5 encoder blocks of 12 heads and D 384, stochastic depth 0.1; all classes are one task unless `tasks` says."""
+    layout = {"image_size": image_size, "patch_size": patch_size, **_PAPER_SIZES, **options}
     if tasks and sum(tasks) != num_classes:
         raise ModelError(f"tasks {tuple(tasks)} have {sum(tasks)} classes together, but num_classes is {num_classes}")
-    return GatedViT(
-        image_size=image_size,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        tasks=tasks or (num_classes,),
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        drop_path=drop_path,
-    )
+    return GatedViT(in_chans=in_chans, tasks=tasks or (num_classes,), **layout)
 
 
 def _entry(build: Callable[..., GatedViT], image_size: int, *, is_exact: bool = True, **facts: int) -> ModelEntry:
@@ -223,15 +217,15 @@ def _entry(build: Callable[..., GatedViT], image_size: int, *, is_exact: bool = 
         image_size=image_size,
         summary=f"{size}continual ViT with gated class-attention for {image_size}-pixel images",
         paper="arXiv:2211.12292",
-        float_scopes=("FoldedClassAttention",),  # one token wide; in int8 it costs points of accuracy and saves little
+        float_scopes=("FoldedClassAttention",),  # one query wide, so int8 saves little; its softmax would be rounded
         is_exact=is_exact,
         **facts,
     )
 
 
 # One task with all classes: encoder with its position embedding, gated block, and the task's class token, gates and
-# classifier. Without the gates `cifar` has 10,723,216 parameters; DyTox states 10.72 million. MACs are those of the
-# trainable form; the inference form needs 3 to 6 % less, depending on the gates.
+# classifier. DyTox, which has no gates, states 10.72 million for what is `cifar` without its 1,920 gate embeddings. MACs
+# are those of the trainable form; the inference form needs fewer, depending on the gates.
 ENTRIES: tuple[ModelEntry, ...] = (
     _entry(cifar, 32, num_classes=100, parameters=10_725_136, macs=604_608_768),
     _entry(tiny_imagenet, 64, num_classes=200, parameters=10_818_932, macs=608_186_112),

@@ -2,8 +2,8 @@
 
 Chen et al. 2022, arXiv:2108.05895. Where the paper is silent, layers, biases and block lists follow the public PyTorch
 implementation AAboys/MobileFormer. It is in no package, so the comparison was made once, by hand: all seven variants
-have its parameters and MACs exactly, and with the same randomized weights in float64 at 224 pixels our logits differ
-from its by at most 2.2e-15 of the largest one. The tests keep some of its logits.
+have its parameters and MACs exactly, and with the same randomized weights at 224 pixels its logits, to the rounding of
+float64. The tests keep some of its logits. The variants are in `mobileformer_variants`.
 
 As in that implementation:
 - Keys and values of the bridges are the feature map itself, without projections; those of the Former are the tokens.
@@ -15,7 +15,6 @@ As in that implementation:
 Where we differ:
 - Tokens are [B, M, D], batch first.
 - Queries are scaled (in Former -> Mobile: keys), not scores: there are fewer of them.
-- `field_32` and `field_64` are ours: narrower, for boards.
 
 Shapes: B batch, C channels, H W map, M tokens, D token width (`embed_dim`), F features, K classes.
 """
@@ -23,19 +22,16 @@ Shapes: B batch, C channels, H W map, M tokens, D token width (`embed_dim`), F f
 import itertools
 import math
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from host.errors import ModelError
+from host.models.checks import require_images
 from host.models.deploy import fold_batch_norms, inference_copy
-from host.models.entry import ModelEntry
 
-PAPER = "arXiv:2108.05895"
-FLOAT_SCOPES = ("DynamicReLU",)
 BRIDGE_HEADS = 2
 FORMER_HEADS = 4
 SQUEEZE = 4  # D / hidden width of the network that computes slopes
@@ -118,8 +114,8 @@ class FormerToMobile(nn.Module):
 class DynamicReLU(nn.Module):
     """max(a1 x, a2 x) on [B, C, H, W], with slopes per channel that a token [B, D] sets: a1 in 0..2, a2 in -1..1.
 
-    Slopes of 1 and 0, near which training starts, are a ReLU. XNNPACK has no int8 maximum: kept float32 in an
-    int8 file (`FLOAT_SCOPES`), field-64 is one partition instead of 14.
+    Slopes of 1 and 0, near which training starts, are a ReLU. XNNPACK has no int8 maximum, so in an int8 file each
+    would cut the graph in two; they stay float32 there.
     Source: Chen et al. 2020, arXiv:2003.10027, here without intercepts.
     """
 
@@ -249,7 +245,8 @@ class MobileFormer(nn.Module):
         dropout: on the features.
 
     Raises:
-        ModelError: widths that heads or groups do not divide, counts below 1, other strides, or an image too small.
+        ModelError: widths that heads or groups do not divide, counts below 1, other strides, an image too small, or
+            images of another shape arrive.
     """
 
     def __init__(
@@ -284,6 +281,7 @@ class MobileFormer(nn.Module):
         self.apply(_initialize)
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
+        require_images(self, images_nchw)
         x = self.first(self.stem(images_nchw))
         tokens = self.tokens.repeat(len(x), 1, 1)  # [B, M, D]
         for block in self.blocks:
@@ -299,12 +297,11 @@ class MobileFormer(nn.Module):
 
         Nothing else changes: attention and channel shuffle have at most four axes, and dynamic ReLU, hard sigmoid and
         hard swish are elementwise operations that both converters know. Bridges that mask the other heads' channels
-        instead of moving the heads to an axis of their own spare two thirds of 508M's transpositions, but litert-torch
-        then writes products that XNNPACK refuses: 23 partitions instead of 1, and 7 % more time.
+        instead of moving the heads to an axis of their own spare transpositions, but litert-torch then writes products
+        that XNNPACK refuses, and a graph in pieces is slower.
         """
         model = inference_copy(self)
-        images = model.tokens.new_zeros(1, self.in_chans, self.image_size, self.image_size)
-        fold_batch_norms(model, images)
+        fold_batch_norms(model)
         return model
 
 
@@ -391,190 +388,6 @@ def _require_layout(
         raise ModelError(f"groups must divide the first block's {stem_channels * rows[0][0]} channels, got {groups}")
     stride = 2 * math.prod(row[2] for row in rows)
     if image_size < stride:
-        raise ModelError(f"image_size must be at least {stride}, the stride of the last map, got {image_size}")
-
-
-SIX_TOKENS = {"num_tokens": 6, "embed_dim": 192}
-SIZES_52M: dict[str, Any] = {
-    "stem_channels": 8,
-    "rows": (
-        *((3, 12, 2), (3, 12, 1)),
-        *((6, 24, 2), (3, 24, 1)),
-        *((6, 48, 2), (4, 48, 1), (6, 64, 1)),
-        *((6, 96, 2), (6, 96, 1)),
-    ),
-    "num_tokens": 3,
-    "embed_dim": 128,
-    "feature_dim": 1024,
-}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "508m": {
-        "stem_channels": 24,
-        "rows": (
-            (2, 24, 1),
-            *((6, 40, 2), (3, 40, 1)),
-            *((6, 72, 2), (3, 72, 1)),
-            *((6, 128, 2), (4, 128, 1), (6, 176, 1), (6, 176, 1)),
-            *((6, 240, 2), (6, 240, 1), (6, 240, 1)),
-        ),
-        **SIX_TOKENS,
-        "feature_dim": 1920,
-        "dropout": 0.3,
-    },
-    "294m": {
-        "stem_channels": 16,
-        "rows": (
-            (2, 16, 1),
-            *((6, 24, 2), (4, 24, 1)),
-            *((6, 48, 2), (4, 48, 1)),
-            *((6, 96, 2), (4, 96, 1), (6, 128, 1), (6, 128, 1)),
-            *((6, 192, 2), (6, 192, 1), (6, 192, 1)),
-        ),
-        **SIX_TOKENS,
-        "feature_dim": 1920,
-        "dropout": 0.3,
-    },
-    "214m": {
-        "stem_channels": 12,
-        "rows": (
-            (2, 12, 1),
-            *((6, 20, 2), (3, 20, 1)),
-            *((6, 40, 2), (4, 40, 1)),
-            *((6, 80, 2), (4, 80, 1), (6, 112, 1), (6, 112, 1)),
-            *((6, 160, 2), (6, 160, 1), (6, 160, 1)),
-        ),
-        **SIX_TOKENS,
-        "feature_dim": 1600,
-        "dropout": 0.2,
-    },
-    "151m": {
-        "stem_channels": 12,
-        "rows": (
-            (2, 12, 1),
-            *((6, 16, 2), (3, 16, 1)),
-            *((6, 32, 2), (3, 32, 1)),
-            *((6, 64, 2), (4, 64, 1), (6, 88, 1), (6, 88, 1)),
-            *((6, 128, 2), (6, 128, 1), (6, 128, 1)),
-        ),
-        **SIX_TOKENS,
-        "feature_dim": 1280,
-        "dropout": 0.2,
-    },
-    "96m": {
-        "stem_channels": 12,
-        "rows": (
-            (2, 12, 1),
-            (6, 16, 2),
-            *((6, 32, 2), (3, 32, 1)),
-            *((6, 64, 2), (4, 64, 1), (6, 88, 1)),
-            *((6, 128, 2), (6, 128, 1)),
-        ),
-        "num_tokens": 4,
-        "embed_dim": 128,
-        "feature_dim": 1280,
-        "dropout": 0.2,
-    },
-    "52m": {**SIZES_52M, "dropout": 0.2},
-    "26m": {**SIZES_52M, "dropout": 0.1, "groups": 4},
-}
-
-
-def published(variant: str, **options: Any) -> MobileFormer:
-    """A published variant, such as `26m`, for 224 pixels; `options` set its classes and channels, or replace a size.
-
-    Block lists as in the public implementation; dropout as in its training commands.
-    """
-    return MobileFormer(**{"image_size": 224, **PUBLISHED[variant], **options})
-
-
-def field_64(**options: Any) -> MobileFormer:
-    """`field-64`, ours and not the paper's: for 64-pixel images, last map 4 x 4.
-
-    Against 52M: twice as wide a stem, one downsampling fewer, 4 tokens of 96 instead of 3 of 128, and a quarter of the
-    features.
-    """
-    sizes = {
-        "image_size": 64,
-        "stem_channels": 16,
-        "rows": (
-            (2, 16, 1),
-            *((6, 32, 2), (3, 32, 1)),
-            *((6, 48, 2), (4, 48, 1)),
-            *((6, 96, 2), (4, 96, 1)),
-        ),
-        "num_tokens": 4,
-        "embed_dim": 96,
-        "feature_dim": 256,
-    }
-    return MobileFormer(**{**sizes, **options})
-
-
-def field_32(**options: Any) -> MobileFormer:
-    """`field-32`, ours and not the paper's: for 32-pixel images, last map 4 x 4.
-
-    Against 52M: twice as wide a stem, two downsamplings fewer, 3 tokens of 64 instead of 128, and an eighth of the
-    features.
-    """
-    sizes = {
-        "image_size": 32,
-        "stem_channels": 16,
-        "rows": ((2, 16, 1), *((6, 32, 2), (3, 32, 1)), *((6, 64, 2), (4, 64, 1))),
-        "num_tokens": 3,
-        "embed_dim": 64,
-        "feature_dim": 128,
-    }
-    return MobileFormer(**{**sizes, **options})
-
-
-def _entry(variant: str, parameters: int, macs: int) -> ModelEntry:
-    sizes = PUBLISHED[variant]
-    tokens = f"{sizes['num_tokens']} tokens of {sizes['embed_dim']}"
-    return ModelEntry(
-        family="mobileformer",
-        variant=variant,
-        build=partial(published, variant),
-        image_size=224,
-        summary=f"Mobile-Former-{variant.upper()}; {len(sizes['rows']) - 1} blocks with {tokens}",
-        paper=PAPER,
-        float_scopes=FLOAT_SCOPES,
-        parameters=parameters,
-        macs=macs,
-        is_exact=True,
-    )
-
-
-ENTRIES: tuple[ModelEntry, ...] = (
-    _entry("508m", 13_976_976, 498_467_680),
-    _entry("294m", 11_422_648, 286_732_160),
-    _entry("214m", 9_425_920, 208_374_240),
-    _entry("151m", 7_595_828, 146_249_168),
-    _entry("96m", 4_585_252, 92_017_040),
-    _entry("52m", 3_469_092, 49_290_496),
-    _entry("26m", 3_232_788, 23_550_208),
-    ModelEntry(
-        family="mobileformer",
-        variant="field-64",
-        build=field_64,
-        image_size=64,
-        summary="our small Mobile-Former for 64-pixel images; 6 blocks with 4 tokens of 96",
-        paper=PAPER,
-        float_scopes=FLOAT_SCOPES,
-        parameters=1_142_100,
-        macs=14_278_144,
-        is_exact=False,
-        num_classes=100,
-    ),
-    ModelEntry(
-        family="mobileformer",
-        variant="field-32",
-        build=field_32,
-        image_size=32,
-        summary="our small Mobile-Former for 32-pixel images; 4 blocks with 3 tokens of 64",
-        paper=PAPER,
-        float_scopes=FLOAT_SCOPES,
-        parameters=395_194,
-        macs=3_531_520,
-        is_exact=False,
-        num_classes=10,
-    ),
-)
+        raise ModelError(
+            f"image_size must be at least {stride}, the stride of the last map, got {image_size}; take {stride} or more"
+        )

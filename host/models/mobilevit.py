@@ -15,10 +15,9 @@ Where we differ:
 - The inference form keeps tokens channels last, and unfolds a map with two transposes that move whole runs of channels,
   at rank 4. timm moves single channels, at rank 6 in v2, and splits v1's heads at rank 5.
 - v2's context is computed as `W_k (sum of s x) + b_k`, which equals `sum of s (W_k x + b_k)` because the weights s add
-  up to 1. So keys are never made for every pixel, which saves 4 to 7 % of the MACs; those listed here are the paper's.
-- The context is broadcast by the product itself: litert-torch 0.10 refuses timm's `expand_as`. Against timm's form with
-  only that changed, TFLite at width 0.5 has 12 in place of 48 TRANSPOSE, SOFTMAX in one operation in place of five, and
-  takes 7 % less time.
+  up to 1. So keys are never made for every pixel, which saves MACs; those listed here are the paper's.
+- The context is broadcast by the product itself: litert-torch 0.10 refuses timm's `expand_as`. With only that changed,
+  timm's form has more transposes in TFLite, and its softmax in pieces.
 - Scale and shift of norms, and the 1 / sqrt(D / heads) of v1, are in the linear layers that follow. What remains of a
   norm carries `LayerNorm` in its name and attention `Attention`, the scopes that stay float32 in integer graphs; a group
   norm of one group is a layer norm over channels and pixels.
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from host.errors import ModelError
+from host.models.checks import require_multiple
 from host.models.deploy import Layer, absorb_affine, make_linear, replace_modules
 from host.models.entry import ModelEntry
 from host.models.timm_classifier import TimmClassifier, from_timm
@@ -66,8 +66,14 @@ class MobileViTv2(TimmClassifier):
 
 
 def unfold(maps: Tensor) -> Tensor:
-    """Maps [B, D, H, W] to four sequences [B * 4, N, D], N = H W / 4, one per place in a 2 x 2 patch."""
+    """Maps [B, D, H, W] to four sequences [B * 4, N, D], N = H W / 4, one per place in a 2 x 2 patch.
+
+    Raises:
+        ModelError: a side is odd.
+    """
     batch, dim, height, width = maps.shape
+    if height % PATCH_SIZE or width % PATCH_SIZE:
+        raise ModelError(f"a map of {height}x{width} has an odd side; give the inference form images of its own size")
     rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
     x = maps.permute(0, 2, 3, 1)  # [B, H, W, D], how TFLite holds maps anyway
     x = x.reshape(batch, rows, PATCH_SIZE, width * dim).transpose(1, 2)  # [B, 2, H / 2, W D]
@@ -356,16 +362,15 @@ def _layers(depth: int) -> dict[str, int]:
 
 def _backbone(config: ByoModelCfg, strides: tuple[int, ...], image_size: int, in_chans: int) -> ByobNet:
     multiple = PATCH_SIZE * STEM_STRIDE * prod(strides)
-    if image_size < multiple or image_size % multiple:
-        raise ModelError(
-            f"image_size must be a multiple of {multiple}, so that every map with a transformer has even sides, "
-            f"got {image_size}"
-        )
+    require_multiple(image_size, multiple, "so that every map with a transformer has even sides")
     return ByobNet(config, num_classes=0, in_chans=in_chans)
 
 
+_entry = partial(ModelEntry, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
 def _published(variant: str, *, parameters: int, macs: int, **layout: Any) -> ModelEntry:
-    return ModelEntry(
+    return _entry(
         family="mobilevit",
         variant=variant,
         build=partial(mobilevit, **layout),
@@ -377,13 +382,11 @@ def _published(variant: str, *, parameters: int, macs: int, **layout: Any) -> Mo
         is_exact=True,
         timm_name=f"mobilevit_{variant}",
         from_timm=from_timm,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
     )
 
 
 def _published_v2(percent: int, *, parameters: int, macs: int) -> ModelEntry:
-    return ModelEntry(
+    return _entry(
         family="mobilevitv2",
         variant=f"{percent:03}",
         build=partial(
@@ -397,15 +400,13 @@ def _published_v2(percent: int, *, parameters: int, macs: int) -> ModelEntry:
         is_exact=True,
         timm_name=f"mobilevitv2_{percent:03}",
         from_timm=from_timm,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
     )
 
 
 def _field(
     family: str, build: Callable[..., nn.Module], image_size: int, num_classes: int, *, parameters: int, macs: int
 ) -> ModelEntry:
-    return ModelEntry(
+    return _entry(
         family=family,
         variant=f"field-{image_size}",
         build=partial(build, image_size=image_size),

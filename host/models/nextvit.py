@@ -21,6 +21,7 @@ Shapes: B batch, C channels, H W image or map, N tokens, s^2 tokens per key, M =
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from host.errors import ModelError
+from host.models.checks import require_drop_path, require_images
 from host.models.deploy import Layer, absorb_affine, fold_batch_norms, inference_copy, replace_modules
 from host.models.entry import ModelEntry, StateDict
 from host.models.heads import renamed
@@ -83,7 +85,7 @@ class NextViT(nn.Module):
         has_attention: False replaces every NTB by an NCB of the same width.
 
     Raises:
-        ModelError: no such layout exists, or images of another size arrive.
+        ModelError: no such layout exists, or images of another shape arrive.
     """
 
     def __init__(
@@ -104,8 +106,7 @@ class NextViT(nn.Module):
         _require_stages(stages)
         if has_attention:
             _require_attention(stages, _map_sizes(image_size, stem_strides, len(stages)), mix_ratio)
-        if not 0 <= drop_path < 1:
-            raise ModelError(f"drop_path must be 0 or more and below 1, got {drop_path}")
+        require_drop_path(drop_path)
         self.image_size, self.in_chans = image_size, in_chans
         self.feature_dim = stages[-1].widths()[-1]
         self.stem = _make_stem((in_chans, *stem_widths), stem_strides)
@@ -117,10 +118,7 @@ class NextViT(nn.Module):
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
         """Features [B, D], the mean over the normalized map of the last stage."""
-        height, width = images_nchw.shape[2:]
-        if (height, width) != (self.image_size, self.image_size):
-            size = self.image_size
-            raise ModelError(f"this Next-ViT takes images of {size}x{size} pixels only, got {height}x{width}")
+        require_images(self, images_nchw)
         return self.pool(self.norm(self.stages(self.stem(images_nchw))))
 
     def forward(self, images_nchw: Tensor) -> Tensor:
@@ -139,9 +137,8 @@ class NextViT(nn.Module):
         replace_modules(model, NextTransformerBlock, MergedTransformerBlock)
         replace_modules(model, nn.AvgPool2d, lambda _: HalvingPool())
         model.pool, model.norm = NormalizedPool(model.norm), nn.Identity()
-        weight = next(model.parameters())
-        fold_batch_norms(model, weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
-        return model.eval()
+        fold_batch_norms(model)
+        return model
 
 
 class GlobalPool(nn.Module):
@@ -215,8 +212,8 @@ class MergedAttention(nn.Module):
     Query, key and value hold the norm in front of them; key and value also the norm behind the pooling, which commutes
     with the first: an average of normalized tokens is the normalized average. The query holds the attention's scale.
 
-    Tokens are made and unmade by permuting whole axes, which vanishes where maps are NHWC: `field-32` has 13 TRANSPOSE
-    in TFLite, and had 25 with timm's `reshape` and `transpose`.
+    Tokens are made and unmade by permuting whole axes, which vanishes where maps are NHWC; timm's `reshape` and
+    `transpose` remain in TFLite.
     """
 
     def __init__(self, attention: EfficientAttention, norm: nn.BatchNorm2d) -> None:
@@ -376,7 +373,7 @@ def _map_sizes(image_size: int, stem_strides: tuple[int, ...], num_stages: int) 
 
 def _require_stem(image_size: int, stem_widths: tuple[int, ...], stem_strides: tuple[int, ...]) -> None:
     if image_size < 1:
-        raise ModelError(f"image_size must be 1 or more, got {image_size}")
+        raise ModelError(f"image_size must be 1 or more, got {image_size}; take the side of the images, in pixels")
     if not stem_widths or len(stem_widths) != len(stem_strides):
         raise ModelError(
             f"stem_widths {stem_widths} and stem_strides {stem_strides} need one value per convolution, at least 1"
@@ -436,32 +433,28 @@ def _paper_entry(
     )
 
 
+_field_entry = partial(ModelEntry, family="nextvit", paper=_PAPER, is_exact=False)
+
 ENTRIES: tuple[ModelEntry, ...] = (
     _paper_entry("s", small, "nextvit_small", 31_763_368, 5_794_420_224, "20 blocks, 4 of them with attention"),
     _paper_entry("b", base, "nextvit_base", 44_818_856, 8_273_817_088, "30 blocks, 6 of them with attention"),
     _paper_entry("l", large, "nextvit_large", 57_874_344, 10_753_213_952, "40 blocks, 8 of them with attention"),
-    ModelEntry(
-        family="nextvit",
+    _field_entry(
         variant="field-32",
         build=field_32,
         image_size=32,
         summary="ours: 7 blocks, 3 of them with attention, for 32-pixel images",
-        paper=_PAPER,
         parameters=1_025_386,
         macs=52_193_152,
-        is_exact=False,
         num_classes=10,
     ),
-    ModelEntry(
-        family="nextvit",
+    _field_entry(
         variant="field-64",
         build=field_64,
         image_size=64,
         summary="ours: field-32 behind a stem that halves twice, for 64-pixel images",
-        paper=_PAPER,
         parameters=1_042_756,
         macs=52_873_984,
-        is_exact=False,
         num_classes=100,
     ),
 )

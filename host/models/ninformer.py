@@ -13,17 +13,17 @@ Where we differ:
 - What computes the gate can be passed in (`make_gate`), so that ablations need no switches here.
 
 Why `deploy` rewrites nothing: with the token FF's weights on the left of the tokens, LiteRT's converter makes more
-transposes (`weight @ x`), or fewer, but BATCH_MATMUL in place of FULLY_CONNECTED (`torch.bmm`). In float32 all run
-`cifar10` in 4.5 to 4.7 ms on one core of an AMD EPYC.
+transposes (`weight @ x`), or fewer, but BATCH_MATMUL in place of FULLY_CONNECTED (`torch.bmm`). Neither is faster.
 
 Shapes: B batch, C channels, H W image, N tokens, D embedding, F hidden width of every FF, K classes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from host.errors import ModelError
+from host.models.checks import require_images, require_patches
 from host.models.deploy import inference_copy
 from host.models.entry import ModelEntry
 
@@ -117,7 +117,7 @@ class NiNformer(nn.Module):
             `hidden_dim` and `dropout`.
 
     Raises:
-        ModelError: the size cannot be cut into patches, or images of another size arrive.
+        ModelError: the size cannot be cut into patches, or images of another shape arrive.
     """
 
     def __init__(
@@ -135,8 +135,7 @@ class NiNformer(nn.Module):
         make_gate: Callable[..., nn.Module] = mixer_gate,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or image_size < patch_size or image_size % patch_size:
-            raise ModelError(f"image_size must be a multiple of patch_size {patch_size}, got {image_size}")
+        require_patches(image_size, patch_size)
         self.image_size, self.in_chans = image_size, in_chans
         self.feature_dim = embed_dim
         self.num_tokens = (image_size // patch_size) ** 2
@@ -152,10 +151,7 @@ class NiNformer(nn.Module):
 
     def embed(self, images_nchw: Tensor) -> Tensor:
         """Tokens [B, N, D] of images, row by row."""
-        height, width = images_nchw.shape[2:]
-        if (height, width) != (self.image_size, self.image_size):
-            size = self.image_size
-            raise ModelError(f"this NiNformer takes images of {size}x{size} pixels only, got {height}x{width}")
+        require_images(self, images_nchw)
         return self.patch_embed(images_nchw).flatten(2).transpose(1, 2)
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
@@ -170,40 +166,33 @@ class NiNformer(nn.Module):
         return inference_copy(self)
 
 
-def cifar10(*, num_classes: int = 10, in_chans: int = 3) -> NiNformer:
+def cifar10(*, num_classes: int = 10, in_chans: int = 3, **options: Any) -> NiNformer:
     """`cifar10`, the one configuration in the authors' code: 2,652,170 parameters, 218.9 million MACs."""
-    return NiNformer(num_classes=num_classes, in_chans=in_chans)
+    return NiNformer(num_classes=num_classes, in_chans=in_chans, **options)
 
 
-def cifar100(*, num_classes: int = 100, in_chans: int = 3) -> NiNformer:
+def cifar100(*, num_classes: int = 100, in_chans: int = 3, **options: Any) -> NiNformer:
     """`cifar100`, the same with 100 classes: 2,675,300 parameters."""
-    return NiNformer(num_classes=num_classes, in_chans=in_chans)
+    return NiNformer(num_classes=num_classes, in_chans=in_chans, **options)
 
 
-def mnist(*, num_classes: int = 10, in_chans: int = 1) -> NiNformer:
+def mnist(*, num_classes: int = 10, in_chans: int = 1, **options: Any) -> NiNformer:
     """`mnist`, the same for 28 x 28 grey images, 49 tokens: 2,582,478 parameters. The geometry is our assumption."""
-    return NiNformer(num_classes=num_classes, in_chans=in_chans, image_size=28)
+    return NiNformer(num_classes=num_classes, in_chans=in_chans, **{"image_size": 28, **options})
 
 
-def field_32(*, num_classes: int, in_chans: int) -> NiNformer:
+_FIELD: dict[str, Any] = {"embed_dim": 128, "hidden_dim": 192, "depth": 3, "dropout": FIELD_DROPOUT}
+
+
+def field_32(*, num_classes: int, in_chans: int, **options: Any) -> NiNformer:
     """`field-32`, ours: 32-pixel images, D 128 and F 192 instead of 256 and 512, 3 blocks, dropout 0.1."""
-    return NiNformer(
-        num_classes=num_classes, in_chans=in_chans, embed_dim=128, hidden_dim=192, depth=3, dropout=FIELD_DROPOUT
-    )
+    return NiNformer(num_classes=num_classes, in_chans=in_chans, **{**_FIELD, **options})
 
 
-def field_64(*, num_classes: int, in_chans: int) -> NiNformer:
+def field_64(*, num_classes: int, in_chans: int, **options: Any) -> NiNformer:
     """`field-64`, ours: 64-pixel images in patches of 8, else as `field_32`."""
-    return NiNformer(
-        num_classes=num_classes,
-        in_chans=in_chans,
-        image_size=64,
-        patch_size=8,
-        embed_dim=128,
-        hidden_dim=192,
-        depth=3,
-        dropout=FIELD_DROPOUT,
-    )
+    layout = {"image_size": 64, "patch_size": 8, **_FIELD}
+    return NiNformer(num_classes=num_classes, in_chans=in_chans, **{**layout, **options})
 
 
 def _entry(build: Callable[..., NiNformer], image_size: int, summary: str, **facts: int) -> ModelEntry:

@@ -2,7 +2,6 @@
 
 import difflib
 
-import torch
 from torch import nn
 
 from host.errors import ModelError
@@ -12,14 +11,27 @@ from host.models import (
     efficientformer,
     efficientformerv2,
     gcab,
-    mobileformer,
+    mobileformer_variants,
     mobilevit,
     nextvit,
     ninformer,
+    resnet_cifar,
 )
 from host.models.entry import ModelEntry
+from host.models.options import build_model
 
-_FAMILIES = (efficientformer, efficientformerv2, nextvit, ninformer, mobilevit, mobileformer, deit, gcab, cnn)
+_FAMILIES = (
+    efficientformer,
+    efficientformerv2,
+    nextvit,
+    ninformer,
+    mobilevit,
+    mobileformer_variants,
+    deit,
+    gcab,
+    cnn,
+    resnet_cifar,
+)
 _ENTRIES = tuple(entry for family in _FAMILIES for entry in family.ENTRIES)
 
 
@@ -48,14 +60,9 @@ def find_model(family: str, variant: str) -> ModelEntry:
 
 
 def create_model(family: str, variant: str, *, num_classes: int, in_chans: int, seed: int = 0) -> nn.Module:
-    """Build a model with initial weights drawn from `seed`; the caller's random state is left alone.
+    """`build_model` by name.
 
     Raises:
         ModelError: no such model, or a count below 1.
     """
-    entry = find_model(family, variant)
-    if num_classes < 1 or in_chans < 1:
-        raise ModelError(f"{entry.name}: num_classes and in_chans must be 1 or more, got {num_classes}, {in_chans}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return entry.build(num_classes=num_classes, in_chans=in_chans)
+    return build_model(find_model(family, variant), num_classes=num_classes, in_chans=in_chans, seed=seed)

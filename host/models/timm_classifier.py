@@ -4,6 +4,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from host.models.checks import require_channels
 from host.models.deploy import fold_batch_norms, inference_copy
 from host.models.entry import StateDict
 from host.models.heads import TIMM_HEADS, DistillationHeads, renamed
@@ -34,6 +35,7 @@ class TimmClassifier(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward_features(self, images_nchw: Tensor) -> Tensor:
+        require_channels(self, images_nchw)  # most backbones take any size; a subclass may refuse others
         maps = self.backbone.forward_features(images_nchw)  # [B, D, h, w]
         return self.backbone.forward_head(maps, pre_logits=True)  # [B, D]
 
@@ -46,9 +48,7 @@ class TimmClassifier(nn.Module):
         if isinstance(model.head, DistillationHeads):
             model.head = model.head.merged()
         model.rewrite_backbone()
-        model.eval()  # modules are made in training mode
-        weight = next(model.parameters())
-        fold_batch_norms(model, weight.new_zeros(1, self.in_chans, self.image_size, self.image_size))
+        fold_batch_norms(model)
         return model
 
     def rewrite_backbone(self) -> None:

@@ -1,4 +1,4 @@
-"""DeiT: the published counts, parity with timm, widths as pruning leaves them, both heads as one, the inference form."""
+"""DeiT: the published counts, widths as pruning leaves them, both heads as one, the inference form."""
 
 import copy
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.probes import make_images, photos, randomize, relative_error
 from converters import coreml, gates, tflite
 from converters.mil import MilProgram
 from device.engine import Engine
@@ -21,7 +22,6 @@ from host.models.deit import (
 )
 from host.models.measure import count_macs, count_parameters
 from host.models.vit_widths import BlockWidths, revit_widths, uniform_widths
-from tests.support.models import make_images, operations, photos, randomize, ranks, relative_error
 
 PUBLISHED = [entry for entry in ENTRIES if entry.is_exact]
 IRREGULAR = (
@@ -39,50 +39,10 @@ def make_model(**changes) -> VisionTransformer:
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.variant)
-def test_every_variant_has_exactly_the_listed_size(entry):
-    with torch.device("meta"):
-        model = entry.create()
-    assert (count_parameters(model), model.image_size) == (entry.parameters, entry.image_size)
-    assert count_macs(model, entry.image_size, entry.in_chans) == entry.macs
-
-
 @pytest.mark.parametrize(("variant", "macs"), [("small", 4.6e9), ("base", 17.6e9)])
 def test_macs_agree_with_the_published_ones(variant, macs):
     entries = [entry for entry in PUBLISHED if entry.variant.startswith(variant)]
     assert [entry.macs for entry in entries] == pytest.approx([macs, macs], rel=0.01)
-
-
-# --- parity with timm -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.variant)
-def test_weights_have_timms_names_and_shapes(entry):
-    import timm
-
-    with torch.device("meta"):
-        reference = entry.from_timm(timm.create_model(entry.timm_name).state_dict())
-        ours = entry.create().state_dict()
-    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in reference.items()}
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [entry if entry.variant.startswith("tiny") else pytest.param(entry, marks=pytest.mark.slow) for entry in PUBLISHED],
-    ids=lambda entry: entry.variant,
-)
-def test_outputs_equal_timms(entry):
-    import timm
-
-    reference = randomize(timm.create_model(entry.timm_name, num_classes=10))
-    ours = entry.create(num_classes=10).eval()
-    ours.load_state_dict(entry.from_timm(reference.state_dict()))
-    images = make_images(2, 224)
-    with torch.no_grad():
-        ours_single, timm_single = ours(images), reference(images)
-        exact = reference.double()(images.double())
-        assert relative_error(ours.double()(images.double()), exact) < 1e-10
-    assert relative_error(ours_single, exact) <= 2 * relative_error(timm_single, exact)
 
 
 # --- features and heads -----------------------------------------------------------------------------------------------
@@ -260,21 +220,11 @@ def test_deployed_outputs_equal_the_originals(widths, is_distilled):
     assert type(deployed.head) is nn.Linear
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if "base" not in entry.variant], ids=lambda e: e.variant)
-@pytest.mark.slow
-def test_every_deployed_variant_equals_its_original(entry):
-    model = randomize(entry.create())
-    images = make_images(2, entry.image_size)
-    with torch.no_grad():
-        assert relative_error(model.deploy()(images), model(images)) < 1e-5
-
-
-def test_deployed_graph_has_no_fifth_axis_and_computes_less():
+def test_inference_form_computes_less():
     model = make_model()
-    deployed, images = model.deploy(), make_images(1, 32)
-    assert max(ranks(deployed, images)) == 4
-    assert not operations(deployed, images) & {"aten.index.Tensor", "aten.gather.default", "aten.index_select.default"}
-    assert count_macs(deployed, 32, 3) < 0.85 * count_macs(model, 32, 3)  # the last of 3 blocks asks for two tokens
+    assert count_macs(model.deploy(), 32, 3) < 0.85 * count_macs(
+        model, 32, 3
+    )  # the last of 3 blocks asks for two tokens
 
 
 def test_blocks_of_irregular_widths_run_as_one_partition(tmp_path: Path):
@@ -307,8 +257,8 @@ def test_blocks_of_irregular_widths_follow_in_coreml(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 30}, "multiple of patch_size 8, got 30"),
-        ({"patch_size": 0}, "multiple of patch_size 0"),
+        ({"image_size": 30}, "positive multiple of 8, the patch_size, got 30; take 24 or 32"),
+        ({"patch_size": 0}, "patch_size must be 1 or more, got 0; take one that divides image_size"),
         ({"embed_dim": 0}, "must be 1 or more, got 0 and 3"),
         ({"widths": ()}, "the number of blocks must be 1 or more, got 64 and 0"),
         ({"softmax_scale": 0.0}, r"softmax_scale must be positive, got 0\.0"),
@@ -331,8 +281,3 @@ def test_impossible_revits_are_refused():
         revit_widths(384, rule="table-6")
     with pytest.raises(ModelError, match="num_heads of a block must be 1 or more, got 0"):
         revit_widths(64)
-
-
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ModelError, match="images of 32x32 pixels only, got 40x32"):
-        make_model()(torch.zeros(1, 3, 40, 32))

@@ -1,4 +1,4 @@
-"""Mobile-Former: sizes, the bridges and slopes against loops, what the tokens carry, the inference form, formats."""
+"""Mobile-Former: the public logits, the parts against loops, what the tokens carry, the inference form, formats."""
 
 from pathlib import Path
 
@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.probes import make_images, photos, randomize, relative_error
 from converters import coreml, gates, tflite
 from converters.mil import MilProgram
 from device.engine import Engine
 from host.errors import ModelError
 from host.models.deploy import replace_modules
 from host.models.entry import ModelEntry
-from host.models.measure import count_macs, count_parameters
 from host.models.mobileformer import (
-    ENTRIES,
     ChannelShuffle,
     DynamicReLU,
     Former,
@@ -24,21 +23,10 @@ from host.models.mobileformer import (
     MobileFormer,
     MobileToFormer,
     Plain,
-    field_32,
-    published,
 )
-from tests.support.models import make_images, operations, photos, randomize, ranks, relative_error
+from host.models.mobileformer_variants import ENTRIES, field_32, published
+from tests.support.models import ranks_and_operations
 
-# The specification's, measured on the public implementation; MACs in whole millions.
-SPECIFIED = {
-    "508m": (13_976_976, 499),
-    "294m": (11_422_648, 287),
-    "214m": (9_425_920, 208),
-    "151m": (7_595_828, 146),
-    "96m": (4_585_252, 92),
-    "52m": (3_469_092, 49),
-    "26m": (3_232_788, 24),
-}
 # What AAboys/MobileFormer (commit f4473106, torch 2.13, float64) answers to `make_images(1, 64)` with four classes and
 # the weights of `randomize`, given its names. The program that renames needs that repository, so it is not here.
 PUBLIC_LOGITS = {
@@ -47,11 +35,6 @@ PUBLIC_LOGITS = {
     "26m": [-0.242826507, 0.025958569, -1.660715797, 0.759324678],
 }
 SMALL = ("field-64", "field-32", "26m")
-every_variant = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.variant)
-small_and_slow = pytest.mark.parametrize(
-    "entry",
-    [pytest.param(e, id=e.variant, marks=() if e.variant in SMALL else pytest.mark.slow) for e in ENTRIES],
-)
 
 
 def make_model(entry: ModelEntry) -> MobileFormer:
@@ -62,20 +45,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-@every_variant
-def test_every_variant_has_exactly_the_listed_size(entry: ModelEntry):
-    with torch.device("meta"):
-        model = entry.create().eval()
-    counted = count_parameters(model), count_macs(model, entry.image_size, entry.in_chans)
-    assert counted == (entry.parameters, entry.macs)
-    assert (model.image_size, model.in_chans, model.head.in_features) == (entry.image_size, 3, model.feature_dim)
-    if entry.is_exact:
-        parameters, megamacs = SPECIFIED[entry.variant]
-        assert counted[0] == parameters
-        assert counted[1] == pytest.approx(megamacs * 1e6, rel=0.01, abs=0.5e6)  # 26M: 24 is a rounded 23.55
+# --- the public implementation ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", PUBLIC_LOGITS)
@@ -143,6 +113,7 @@ def test_shuffle_deals_one_channel_of_every_group_in_turn():
     shuffled = ChannelShuffle(4)(x)
     assert shuffled[0, :, 1, 1].tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     assert torch.equal(ChannelShuffle(3)(shuffled), x)
+    assert max(ranks_and_operations(ChannelShuffle(4), x)[0]) == 4
 
 
 @pytest.mark.parametrize(("channels", "stride", "has_skip"), [(8, 1, True), (12, 1, False), (8, 2, False)])
@@ -175,7 +146,7 @@ def slopes_and_tokens(model: MobileFormer, images: Tensor) -> tuple[Tensor, Tens
     return torch.cat(slopes, dim=1), torch.cat(tokens, dim=1), logits
 
 
-@small_and_slow
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.variant in SMALL], ids=lambda entry: entry.variant)
 def test_slopes_depend_on_the_image_through_the_bridges_alone(entry: ModelEntry):
     images = make_images(3, entry.image_size)
     slopes, tokens, _ = slopes_and_tokens(make_model(entry), images)
@@ -204,24 +175,9 @@ def test_every_bridge_alone_makes_the_slopes_behind_it_depend_on_the_image():
 # --- protocol ---------------------------------------------------------------------------------------------------------
 
 
-@small_and_slow
-def test_inference_form_gives_the_same_outputs(entry: ModelEntry):
-    model, images = make_model(entry), make_images(2, entry.image_size)
-    deployed = model.deploy()
-    with torch.no_grad():
-        assert relative_error(deployed(images), model(images)) < 1e-5
-        assert torch.equal(deployed.head(deployed.forward_features(images)), deployed(images))
-    assert deployed.forward_features(images).shape == (2, model.feature_dim)
+def test_inference_form_has_no_norm_with_statistics():
+    deployed = make_model(ENTRIES[-1]).deploy()
     assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in deployed.modules())
-    assert isinstance(model.classifier.norm, nn.BatchNorm1d)  # the model itself is as it was
-
-
-def test_exported_graph_has_at_most_four_axes_and_looks_nothing_up():
-    rows = ((2, 16, 1), (6, 16, 2), (3, 16, 1))
-    deployed, image = field_32(num_classes=5, in_chans=1, rows=rows, groups=4).deploy(), make_images(1, 32, channels=1)
-    assert max(ranks(deployed, image)) == 4
-    names = " ".join(operations(deployed, image))
-    assert not any(word in names for word in ("scaled_dot_product", "index", "gather", "batch_norm"))
 
 
 def test_sixteen_steps_learn_32_images():
@@ -263,8 +219,9 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 @pytest.fixture(scope="module")
 def grouped() -> tuple[MobileFormer, np.ndarray, Tensor]:
-    """26M, photos [N, H, W, C] and its logits [N, K]."""
-    model, frames = randomize(published("26m", num_classes=10, in_chans=3)), photos(224, count=4)
+    """A small model with the groups of 26M, photos [N, H, W, C] and its logits [N, K]."""
+    rows = ((2, 16, 1), (6, 16, 2), (3, 16, 1))
+    model, frames = randomize(field_32(num_classes=10, in_chans=3, rows=rows, groups=4)), photos(32, count=4)
     with torch.no_grad():
         return model, frames, model(torch.from_numpy(frames).permute(0, 3, 1, 2))
 
@@ -273,7 +230,7 @@ def grouped() -> tuple[MobileFormer, np.ndarray, Tensor]:
 def test_tflite_follows_the_grouped_model_in_one_partition(grouped, tmp_path: Path):
     model, frames, logits = grouped
     deployed, path = model.deploy(), tmp_path / "model.tflite"
-    tflite.convert_float(deployed, (1, 224, 224, 3), 10, path)
+    tflite.convert_float(deployed, (1, 32, 32, 3), 10, path)
     gates.assert_builtin_ops(path)
     assert gates.partitions(path)[0] == 1
     engine = Engine(path)
@@ -285,7 +242,7 @@ def test_tflite_follows_the_grouped_model_in_one_partition(grouped, tmp_path: Pa
 def test_core_ml_follows_the_grouped_model(grouped, tmp_path: Path):
     model, frames, logits = grouped
     path = tmp_path / "model.mlpackage"
-    coreml.convert(model.deploy(), (1, 224, 224, 3), path, input_spec_metadata={}, labels=[])
+    coreml.convert(model.deploy(), (1, 32, 32, 3), path, input_spec_metadata={}, labels=[])
     program = MilProgram(path, round_to_half=True)
     outputs = np.concatenate([program.run({"images": frame[None]})["logits"] for frame in frames])
     assert F.cosine_similarity(torch.from_numpy(outputs), logits).min() > 0.9999

@@ -1,79 +1,27 @@
-"""MobileViT and MobileViTv2: counts, parity with timm, unfolding, separable attention, the inference form, formats."""
+"""MobileViT and MobileViTv2: counts, unfolding, separable attention, the inference form, unnormalized images."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from converters import coreml, flatbuffer, gates, tflite
-from converters.mil import MilProgram
-from device.engine import Engine
+from bench.probes import make_images, randomize, relative_error
 from host.errors import ModelError
 from host.models.entry import ModelEntry
-from host.models.measure import count_macs, count_parameters
+from host.models.measure import count_macs
 from host.models.mobilevit import ENTRIES, Attention, SeparableAttention, fold, unfold
-from tests.support.models import make_images, operations, photos, randomize, ranks, relative_error
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
-PUBLISHED = [entry for entry in ENTRIES if entry.is_exact]
 FIELD = [entry for entry in ENTRIES if not entry.is_exact]
 FIELD_64 = [BY_NAME["mobilevit/field-64"], BY_NAME["mobilevitv2/field-64"]]
-SPECIFIED_MEGAMACS = {"xxs": 407, "xs": 1026, "s": 2001} | dict(
-    zip(("050", "075", "100", "125", "150", "175", "200"), (465, 1028, 1812, 2817, 4043, 5489, 7156), strict=True)
-)
-SMALLEST = ("mobilevit/xxs", "mobilevitv2/050")
 
 
 def named(entry: ModelEntry) -> str:
     return entry.name
 
 
-def small_first(names: tuple[str, ...], entries: list[ModelEntry]) -> list:
-    """The entries, of which only the named ones are in the default run."""
-    return [entry if entry.name in names else pytest.param(entry, marks=pytest.mark.slow) for entry in entries]
-
-
-def pixels(size: int, count: int = 8) -> np.ndarray:
-    """Photos as this family wants them, float32 [N, H, W, C] in 0..1."""
-    return (photos(size, count=count) * 0.25 + 0.45).clip(0, 1).astype(np.float32)
-
-
-def nchw(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())
-
-
-def make_lively(entry: ModelEntry) -> nn.Module:
-    """A random model whose outputs differ between photos: batch statistics are the photos' own."""
-    model = randomize(entry.create(num_classes=10))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    with torch.no_grad():
-        model.train()(nchw(pixels(entry.image_size)))
-    return model.eval()
-
-
-def lowest_cosine(outputs: np.ndarray, reference: np.ndarray) -> float:
-    return float(F.cosine_similarity(torch.from_numpy(outputs), torch.from_numpy(reference)).min())
-
-
 # --- counts -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=named)
-def test_every_variant_has_exactly_the_listed_size(entry):
-    with torch.device("meta"):
-        model = entry.create()
-    assert (count_parameters(model), model.image_size) == (entry.parameters, entry.image_size)
-    assert count_macs(model, entry.image_size, entry.in_chans) == entry.macs
-
-
-@pytest.mark.parametrize("entry", PUBLISHED, ids=named)
-def test_macs_agree_with_those_measured_of_timm(entry):
-    assert entry.macs == pytest.approx(SPECIFIED_MEGAMACS[entry.variant] * 1e6, rel=0.01)
 
 
 def test_v2_makes_keys_only_for_the_context():
@@ -84,54 +32,12 @@ def test_v2_makes_keys_only_for_the_context():
 
 
 @pytest.mark.parametrize("entry", FIELD, ids=named)
-def test_field_variants_fit_a_board(entry):
-    assert 3e5 <= entry.parameters <= 1.5e6
-    assert entry.macs < 60e6
-
-
-@pytest.mark.parametrize("entry", FIELD, ids=named)
 def test_transformers_of_field_variants_see_even_maps_of_several_patches(entry):
     model, sizes = entry.create().eval(), []
     for stage in model.backbone.stages[2:]:
         stage[1].register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
     model(make_images(1, entry.image_size))
     assert sizes == [(16, 16), (8, 8), (4, 4)]
-
-
-# --- parity with timm -------------------------------------------------------------------------------------------------
-
-
-def timm_pair(entry: ModelEntry) -> tuple[nn.Module, nn.Module]:
-    """The model of timm and ours, with the same random weights."""
-    import timm
-
-    reference = randomize(timm.create_model(entry.timm_name, num_classes=10))
-    ours = entry.create(num_classes=10).eval()
-    ours.load_state_dict(entry.from_timm(reference.state_dict()))
-    return reference, ours
-
-
-@pytest.mark.parametrize("entry", PUBLISHED, ids=named)
-def test_weights_have_timms_names_and_shapes(entry):
-    import timm
-
-    with torch.device("meta"):
-        reference = entry.from_timm(timm.create_model(entry.timm_name).state_dict())
-        ours = entry.create().state_dict()
-    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in reference.items()}
-
-
-@pytest.mark.parametrize("entry", small_first(SMALLEST, PUBLISHED), ids=named)
-@torch.no_grad()
-def test_outputs_equal_timms_before_and_after_deploy(entry):
-    reference, ours = timm_pair(entry)
-    images = nchw(pixels(entry.image_size, count=2))
-    single, ours_single, deployed_single = reference(images), ours(images), ours.deploy()(images)
-    exact = reference.double()(images.double())
-    assert relative_error(ours.double()(images.double()), exact) <= 1e-10
-    assert relative_error(ours.deploy()(images.double()), exact) <= 1e-10
-    assert relative_error(ours_single, exact) <= 2 * relative_error(single, exact)
-    assert relative_error(deployed_single, exact) <= 1e-6  # a few roundings of float32, as timm's own
 
 
 # --- unfolding and attention ------------------------------------------------------------------------------------------
@@ -208,31 +114,8 @@ def test_separable_attention_is_linear_in_pixels_and_v1_quadratic():
 
 
 @pytest.mark.parametrize("entry", FIELD, ids=named)
-@torch.no_grad()
-def test_deploy_computes_the_same_and_leaves_the_model_alone(entry):
-    model = randomize(entry.create(num_classes=10)).train()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    random_state = torch.get_rng_state()
-    deployed = model.deploy()
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert model.training
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert not any(module.training or isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
-    images = make_images(2, entry.image_size)
-    assert relative_error(deployed(images), model.eval()(images)) <= 1e-4
-
-
-@pytest.mark.parametrize("entry", FIELD_64, ids=named)
-def test_no_tensor_of_the_inference_form_is_above_rank_4(entry):
-    assert max(ranks(entry.create().eval().deploy(), torch.zeros(1, 3, 64, 64))) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", FIELD_64, ids=named)
-def test_the_inference_form_has_only_operations_that_both_converters_know(entry):
-    refused = ("index", "gather", "im2col", "expand", "scaled_dot_product", "pixel_shuffle", "where", "batch_norm")
-    names = operations(entry.create().eval().deploy(), torch.zeros(1, 3, 64, 64))
-    assert not [name for name in names if any(word in name for word in refused)]
+def test_inference_form_has_no_norm_with_statistics(entry):
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in entry.create().deploy().modules())
 
 
 @pytest.mark.parametrize("entry", FIELD_64, ids=named)
@@ -245,10 +128,12 @@ def test_logits_are_the_head_of_the_features(entry):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("mobilevit/xxs", 224), ("mobilevitv2/050", 32), ("mobilevit/field-32", 40)]
+    ("name", "size", "nearest"),
+    [("mobilevit/xxs", 224, "192 or 256"), ("mobilevitv2/050", 32, "64"), ("mobilevit/field-32", 40, "32 or 48")],
 )
-def test_sizes_with_odd_maps_are_refused(name, size):
-    with pytest.raises(ModelError, match=rf"image_size must be a multiple of (64|16), .*, got {size}"):
+def test_sizes_with_odd_maps_are_refused(name, size, nearest):
+    message = rf"image_size must be a positive multiple of (64|16), .*, got {size}; take {nearest}$"
+    with pytest.raises(ModelError, match=message):
         BY_NAME[name].create(image_size=size)
 
 
@@ -301,44 +186,3 @@ def test_images_normalized_by_mistake_lose_accuracy(name):
         right, wrong = (float((model(x).argmax(dim=1) == labels[1400:]).float().mean()) for x in (unseen, normalized))
     assert right >= 0.9  # measured 0.957 for both
     assert wrong <= 0.6  # measured 0.166 and 0.310
-
-
-# --- formats ----------------------------------------------------------------------------------------------------------
-
-FORMAT_ENTRIES = [*FIELD_64, BY_NAME["mobilevit/s"], BY_NAME["mobilevitv2/100"]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", FORMAT_ENTRIES, ids=named)
-@torch.no_grad()
-def test_tflite_is_one_partition_with_the_same_logits(entry, tmp_path):
-    model, frames = make_lively(entry), pixels(entry.image_size)
-    deployed = model.deploy()
-    path = tflite.convert_float(deployed, (1, *frames.shape[1:]), 10, tmp_path / "model.tflite")
-    gates.assert_builtin_ops(path)
-    assert gates.partitions(path) == (1, {})
-    count = flatbuffer.operators(path)["features"]
-    assert not {"GATHER_ND", "BROADCAST_TO", "SLICE", "STRIDED_SLICE"} & set(count)
-    engine = Engine(path)
-    features = np.concatenate([engine.run("features", images=frame[None])["features"] for frame in frames])
-    logits = deployed.head(torch.from_numpy(features)).numpy()
-    assert lowest_cosine(logits, model(nchw(frames)).numpy()) >= 0.99999
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", FORMAT_ENTRIES, ids=named)
-@torch.no_grad()
-def test_core_ml_has_the_same_logits_in_float16(entry, tmp_path):
-    frames = pixels(entry.image_size)
-    # photos of their own statistics are told apart, but then v2 also amplifies every rounding: timm's own form as well
-    for model, tolerance in ((randomize(entry.create(num_classes=10)), 1e-4), (make_lively(entry), 2e-3)):
-        path = coreml.convert(
-            model.deploy(),
-            (1, *frames.shape[1:]),
-            tmp_path / "model.mlpackage",
-            input_spec_metadata={},
-            labels=[str(label) for label in range(10)],
-        )
-        program = MilProgram(path, round_to_half=True)
-        logits = np.concatenate([program.run({"images": frame[None]})["logits"] for frame in frames])
-        assert lowest_cosine(logits, model(nchw(frames)).numpy()) >= 1 - tolerance

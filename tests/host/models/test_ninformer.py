@@ -4,49 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
+from bench.probes import make_images, randomize
 from bench.small_classifiers import CLASSIFIERS, neighbour_mask, no_token_ff_gate
 from host.errors import ModelError
-from host.models import ninformer
+from host.models.measure import count_parameters
 from host.models.ninformer import Block, GatingUnit, NiNformer, mixer_gate
 
 TINY = {"num_classes": 3, "in_chans": 2, "image_size": 12, "embed_dim": 8, "hidden_dim": 6, "depth": 2}  # 9 tokens
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Draw every parameter anew, norms and biases too, whose ones and zeros would hide a swap."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * (0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5))
-    return model.eval()
-
-
-def make_images(model: NiNformer, count: int = 2) -> Tensor:
-    shape = (count, model.patch_embed.in_channels, model.image_size, model.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-@pytest.mark.parametrize(
-    ("build", "options", "parameters"),
-    [
-        (ninformer.cifar10, {}, 2_652_170),
-        (ninformer.cifar100, {}, 2_675_300),
-        (ninformer.mnist, {}, 2_582_478),
-        (ninformer.field_32, {"num_classes": 10, "in_chans": 3}, 430_730),
-        (ninformer.field_64, {"num_classes": 10, "in_chans": 3}, 449_162),
-    ],
-)
-def test_configurations_have_the_specified_parameters(build, options, parameters):
-    with torch.device("meta"):
-        assert count_parameters(build(**options)) == parameters
 
 
 @pytest.mark.parametrize(("shared_norm", "parameters"), [(True, 659_264), (False, 659_264 + 512)])
@@ -64,14 +30,6 @@ def test_four_blocks_with_separate_norms_have_512_more_each(shared_norm):
     with torch.device("meta"):
         model = NiNformer(num_classes=10, in_chans=3, shared_norm=shared_norm)
     assert count_parameters(model) == 2_652_170 + (0 if shared_norm else 4 * 512)
-
-
-def test_cifar10_costs_the_specified_macs():
-    with torch.device("meta"):
-        model = ninformer.cifar10().eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, 32, 32))
-    assert counter.get_total_flops() / 2 == pytest.approx(218.9e6, rel=0.01)
 
 
 def norm(x: list[float], layer: nn.LayerNorm) -> list[float]:
@@ -136,7 +94,7 @@ def test_the_shared_norm_learns_from_both_places():
 
 def test_features_are_the_mean_of_the_tokens_of_row_by_row_patches():
     model = randomize(NiNformer(**TINY))
-    images = make_images(model)
+    images = make_images(2, 12, channels=2)
     patch = images[:, :, 4:8, 8:12].flatten(1)  # row 1, column 2: token 5
     token = patch @ model.patch_embed.weight.flatten(1).T + model.patch_embed.bias
     torch.testing.assert_close(model.embed(images)[:, 5], token)
@@ -148,7 +106,7 @@ def test_features_are_the_mean_of_the_tokens_of_row_by_row_patches():
 @pytest.mark.parametrize(("options", "mixes"), [({}, True), ({"make_gate": no_token_ff_gate}, False)])
 def test_tokens_meet_in_the_token_ff_alone(options, mixes):
     model = randomize(NiNformer(**TINY, **options))
-    images = make_images(model)
+    images = make_images(2, 12, channels=2)
     changed = images.clone()
     changed[:, :, 8:, 8:] += 1  # the last token's pixels
     before, after = (model.blocks(model.embed(x))[:, 0] for x in (images, changed))
@@ -157,46 +115,23 @@ def test_tokens_meet_in_the_token_ff_alone(options, mixes):
 
 def test_permuted_tokens_change_the_output():
     model = randomize(NiNformer(**TINY))
-    tokens = model.embed(make_images(model))
+    tokens = model.embed(make_images(2, 12, channels=2))
     permuted = model.blocks(tokens.flip(1)).mean(dim=1)
     assert (permuted - model.blocks(tokens).mean(dim=1)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("build", [ninformer.field_32, ninformer.field_64])
-def test_the_deployed_copy_computes_the_same_and_leaves_the_model_alone(build):
-    model = randomize(build(num_classes=5, in_chans=1)).train()
-    deployed = model.deploy()
-    assert model.training
-    assert not any(module.training for module in deployed.modules())
-    images = make_images(model)
-    logits = deployed(images)
-    assert torch.equal(logits, deployed(images))  # no dropout
-    torch.testing.assert_close(logits, model.eval()(images), rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        deployed.head.weight.zero_()
-    assert model.head.weight.abs().max() > 0
-
-
-def test_the_exported_graph_has_no_tensor_above_rank_4():
-    deployed = ninformer.field_32(num_classes=5, in_chans=1).deploy()
-    program = torch.export.export(deployed, (make_images(deployed, 1),))
-    shapes = [node.meta["val"].shape for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
-    assert max(map(len, shapes)) <= 4
-    assert all(isinstance(size, int) for shape in shapes for size in shape)
-
-
-@pytest.mark.parametrize(("image_size", "patch_size"), [(30, 4), (2, 4), (0, 4), (32, 0)])
-def test_sizes_that_cannot_be_cut_into_patches_are_refused(image_size, patch_size):
-    message = f"image_size must be a multiple of patch_size {patch_size}, got {image_size}"
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "message"),
+    [
+        (30, 4, "positive multiple of 4, the patch_size, got 30; take 28 or 32"),
+        (2, 4, "got 2; take 4$"),
+        (0, 4, "got 0; take 4$"),
+        (32, 0, "patch_size must be 1 or more, got 0"),
+    ],
+)
+def test_sizes_that_cannot_be_cut_into_patches_are_refused(image_size, patch_size, message):
     with pytest.raises(ModelError, match=message):
         NiNformer(num_classes=3, in_chans=1, image_size=image_size, patch_size=patch_size)
-
-
-@pytest.mark.parametrize("size", [(32, 28), (28, 32), (64, 64), (30, 30)])
-def test_images_of_another_size_are_refused(size):
-    model = ninformer.field_32(num_classes=3, in_chans=1)
-    with pytest.raises(ModelError, match=f"takes images of 32x32 pixels only, got {size[0]}x{size[1]}"):
-        model(torch.zeros(1, 1, *size))
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
