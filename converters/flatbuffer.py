@@ -15,8 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from converters import metadata_schema, tflite_metadata
 from converters.errors import ConversionError
+from converters.tflite_metadata import About
 from device.contract.files import write_atomic
+from device.contract.manifest import InputSpec
+from device.contract.records import from_table
 
 INPUT_METADATA = "fieldvit.input"
 FEATURES = "features"
@@ -37,19 +41,23 @@ def read_model(path: Path) -> Any:
     return model
 
 
-def write_model(model: Any, path: Path) -> None:
+def write_model(model: Any, path: Path, *, files: Mapping[str, bytes] | None = None) -> None:
+    """Write the object form as a TFLite file, with associated files behind it."""
     from ai_edge_litert.tools import flatbuffer_utils
 
-    write_atomic(path, bytes(flatbuffer_utils.convert_object_to_bytearray(model)))
+    content = bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+    write_atomic(path, tflite_metadata.append_files(content, files or {}))
 
 
 def add_metadata(model: Any, entries: Mapping[str, Any]) -> None:
-    """Store each value as canonical JSON in a metadata buffer of that name, replacing an older one."""
+    """Store each value in a metadata buffer of that name, replacing an older one: bytes as they are, others as JSON."""
     from ai_edge_litert import schema_py_generated as schema
 
     kept = [entry for entry in model.metadata or [] if entry.name.decode() not in entries]
     for name in sorted(entries):
-        buffer = schema.BufferT(data=np.frombuffer(canonical_json(entries[name]), np.uint8))
+        value = entries[name]
+        content = value if isinstance(value, bytes) else canonical_json(value)
+        buffer = schema.BufferT(data=np.frombuffer(content, np.uint8))
         kept.append(schema.MetadataT(name=name.encode(), buffer=len(model.buffers)))
         model.buffers.append(buffer)
     model.metadata = kept
@@ -58,27 +66,42 @@ def add_metadata(model: Any, entries: Mapping[str, Any]) -> None:
 
 def read_metadata(path: Path, name: str = INPUT_METADATA) -> Any:
     """Read one JSON metadata entry back; None where the file has none of that name."""
-    model = read_model(path)
-    for entry in model.metadata or []:
-        if entry.name.decode() == name:
-            return json.loads(bytes(model.buffers[entry.buffer].data))
-    return None
+    content = _metadata(read_model(path), name)
+    return None if content is None else json.loads(content)
+
+
+def read_standard_metadata(path: Path) -> dict[str, Any] | None:
+    """Read the standard TFLite Metadata, in the form that `flatc --json` prints; None where the file has none.
+
+    Raises:
+        ConversionError: it is damaged.
+    """
+    content = _metadata(read_model(path), tflite_metadata.BUFFER_NAME)
+    return None if content is None else metadata_schema.unpack(content)
 
 
 def bake_head(
-    path: Path, weight: np.ndarray, bias: np.ndarray, out_path: Path, *, labels: tuple[str, ...] = ()
+    path: Path,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    out_path: Path,
+    *,
+    labels: tuple[str, ...] = (),
+    about: About = About(),  # noqa: B008 (frozen)
 ) -> Path:
     """Write `image -> logits` with a fixed float32 head, from the very backbone of a FieldViT TFLite file.
 
     The backbone is copied operation by operation, float or int8 as it is, so this file answers exactly as the board
-    does and costs no second conversion. Its only signature is `serving_default`: input `images`, output `logits`.
+    does and costs no second conversion. Its only signature is `serving_default`: input `images`, output `logits`. It
+    describes itself by standard TFLite Metadata; labels are in a zip behind the model.
 
     Args:
         path: a file that `convert_float` or a quantizer of this package wrote.
         weight: float32 [D, K], as `infer_f` takes it.
         bias: float32 [K].
         out_path: where to write.
-        labels: stored as metadata `fieldvit.labels`.
+        labels: stored as metadata `fieldvit.labels`, and as the associated file `labels.txt`.
+        about: what people want to know of the model.
 
     Raises:
         ConversionError: the head does not fit the backbone.
@@ -88,9 +111,22 @@ def bake_head(
     _append_linear(model, np.asarray(weight, np.float32), np.asarray(bias, np.float32))
     if labels:
         add_metadata(model, {"fieldvit.labels": list(labels)})
-    _drop_unused(model)
-    write_model(model, out_path)
+    _describe(model, about, has_labels=bool(labels))
+    files = {tflite_metadata.LABELS_FILE: "".join(f"{label}\n" for label in labels).encode()} if labels else {}
+    write_model(model, out_path, files=files)
     return out_path
+
+
+def backbone(model: Any) -> Any:
+    """Leave nothing in a model but the graph from images to features, or to logits, and return that graph.
+
+    Raises:
+        ConversionError: it has neither a signature `features` nor `serving_default`.
+    """
+    names = {definition.signatureKey.decode() for definition in model.signatureDefs or []}
+    _isolate(model, INFER if INFER in names and FEATURES not in names else FEATURES)
+    _drop_unused(model)
+    return model.subgraphs[0]
 
 
 def operators(path: Path) -> dict[str, Counter[str]]:
@@ -98,7 +134,7 @@ def operators(path: Path) -> dict[str, Counter[str]]:
     model = read_model(path)
     return {
         definition.signatureKey.decode(): Counter(
-            _operator_name(model, operator) for operator in model.subgraphs[definition.subgraphIndex].operators
+            operator_name(model, operator) for operator in model.subgraphs[definition.subgraphIndex].operators
         )
         for definition in model.signatureDefs or []
     }
@@ -123,7 +159,7 @@ def graph_digest(path: Path, signature: str) -> str:
     Names, other signatures and metadata do not count, so relabelling or another head leaves it as it is.
     """
     model = read_model(path)
-    graph = model.subgraphs[_definition(model, signature).subgraphIndex]
+    graph = subgraph_of(model, signature)
     record = {
         "inputs": _plain(graph.inputs),
         "outputs": _plain(graph.outputs),
@@ -138,27 +174,60 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _definition(model: Any, signature: str) -> Any:
-    for definition in model.signatureDefs or []:
-        if definition.signatureKey.decode() == signature:
-            return definition
+def _metadata(model: Any, name: str) -> bytes | None:
+    for entry in model.metadata or []:
+        if entry.name.decode() == name:
+            return bytes(model.buffers[entry.buffer].data)
+    return None
+
+
+def _describe(model: Any, about: About, *, has_labels: bool) -> None:
+    """Add the standard metadata, from our own record of the input where the file has one."""
+    record = _metadata(model, INPUT_METADATA)
+    spec = (
+        from_table(InputSpec, json.loads(record), where=INPUT_METADATA, error=ConversionError)
+        if record is not None
+        else None
+    )
+    content = tflite_metadata.classifier_metadata(about, spec, has_labels=has_labels)
+    add_metadata(model, {tflite_metadata.BUFFER_NAME: metadata_schema.pack(content)})
+
+
+def definition(model: Any, signature: str) -> Any:
+    """The definition of one signature, which names its graph.
+
+    Raises:
+        ConversionError: the file has no such signature.
+    """
+    for found in model.signatureDefs or []:
+        if found.signatureKey.decode() == signature:
+            return found
     known = ", ".join(sorted(definition.signatureKey.decode() for definition in model.signatureDefs or [])) or "none"
     raise ConversionError(
         f"TFLite file has no signature {signature!r}, it has: {known}; export it with 'fieldvit export'"
     )
 
 
+def subgraph_of(model: Any, signature: str) -> Any:
+    """The graph of a signature.
+
+    Raises:
+        ConversionError: there is no such signature.
+    """
+    return model.subgraphs[definition(model, signature).subgraphIndex]
+
+
 def _isolate(model: Any, signature: str) -> None:
-    definition = _definition(model, signature)
-    model.subgraphs = [model.subgraphs[definition.subgraphIndex]]
-    definition.subgraphIndex = 0
-    model.signatureDefs = [definition]
+    kept = definition(model, signature)
+    model.subgraphs = [model.subgraphs[kept.subgraphIndex]]
+    kept.subgraphIndex = 0
+    model.signatureDefs = [kept]
 
 
 def _append_linear(model: Any, weight: np.ndarray, bias: np.ndarray) -> None:
     from ai_edge_litert import schema_py_generated as schema
 
-    graph, (definition,) = model.subgraphs[0], model.signatureDefs
+    graph, (signature,) = model.subgraphs[0], model.signatureDefs
     (features,) = graph.outputs
     dim = int(graph.tensors[features].shape[-1])
     if weight.ndim != 2 or weight.shape[0] != dim or bias.shape != weight.shape[1:]:
@@ -198,8 +267,8 @@ def _append_linear(model: Any, weight: np.ndarray, bias: np.ndarray) -> None:
         )
     )
     graph.name, graph.outputs = INFER.encode(), [output]
-    definition.signatureKey = INFER.encode()
-    (definition.outputs[0].name, definition.outputs[0].tensorIndex) = (b"logits", output)
+    signature.signatureKey = INFER.encode()
+    (signature.outputs[0].name, signature.outputs[0].tensorIndex) = (b"logits", output)
 
 
 def _drop_unused(model: Any) -> None:
@@ -217,7 +286,8 @@ def _drop_unused(model: Any) -> None:
     model.buffers = [copy.copy(model.buffers[buffer]) for buffer in kept]
 
 
-def _operator_name(model: Any, operator: Any) -> str:
+def operator_name(model: Any, operator: Any) -> str:
+    """The operation's name in the schema; a custom operation's own."""
     from ai_edge_litert.tools import flatbuffer_utils
 
     code = model.operatorCodes[operator.opcodeIndex]
@@ -229,7 +299,7 @@ def _operator_name(model: Any, operator: Any) -> str:
 
 def _operator_record(model: Any, operator: Any) -> dict[str, Any]:
     return {
-        "name": _operator_name(model, operator),
+        "name": operator_name(model, operator),
         "inputs": _plain(operator.inputs),
         "outputs": _plain(operator.outputs),
         "options": _plain(operator.builtinOptions),

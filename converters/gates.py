@@ -89,21 +89,6 @@ def check_train_signature(path: Path, *, steps: int = 20, tolerance: float = 1e-
     return losses
 
 
-def classifier_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """Run an image-to-logits file, `model.infer.tflite`, in LiteRT on float32 [N, H, W, C]; returns float32 [N, K].
-
-    Raises:
-        ConversionError: the file has no `serving_default` signature.
-    """
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(model_path=str(path), num_threads=1)
-    if "serving_default" not in interpreter.get_signature_list():
-        raise ConversionError(f"{path}: has no signature serving_default; export it again")
-    runner = interpreter.get_signature_runner("serving_default")
-    return np.concatenate([runner(images=image[None])["logits"] for image in images])
-
-
 def partitions(path: Path) -> tuple[int, Counter[str]]:
     """How XNNPACK splits the `features` graph on this machine: number of partitions, and the operations left outside.
 

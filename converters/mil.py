@@ -36,7 +36,7 @@ class MilProgram:
             ConversionError: not a package, or no such function.
             UnsupportedOpError: an operation that the evaluator does not know.
         """
-        self._use(_load(path, function), name=str(path), round_to_half=round_to_half)
+        self._use(load_function(path, function), name=str(path), round_to_half=round_to_half)
 
     @classmethod
     def from_function(cls, block: Any, *, name: str = "program", round_to_half: bool = False) -> "MilProgram":
@@ -148,8 +148,8 @@ class MilProgram:
         return value.half().float() if is_half else value
 
 
-def _load(path: Path, function: str) -> Any:
-    """Read the program straight from the files: `ct.models.MLModel(path)` would rewrite the package's Manifest.json."""
+def load_function(path: Path, function: str = "main") -> Any:
+    """Read a function of the saved program straight from the files: `ct.models.MLModel(path)` would rewrite the package's Manifest.json."""
     specification = read_specification(path)
     with quiet():
         from coremltools.converters.mil.frontend.milproto.load import load

@@ -4,11 +4,13 @@ One file holds three signatures: `features` (the backbone, once: every signature
 copy of the weights), `infer_f` and `train_f` (the head, float32, stateless). A LiteRT app on any platform can classify
 and learn from it. Quantization touches `features` only: a train step calibrated to int8 still runs but never learns.
 
-The int8 recipe keeps float islands where XNNPACK has no int8 kernel: GELU, pooling, softmax, dynamic matrix products,
-LayerNorm and the attention core. Measured on EfficientFormer-L1: 1 partition in place of 42, 1.1x to 0.9x float32 time,
-the same accuracy. Input and output stay float32, so a caller cannot tell the precisions apart.
+The int8 recipe keeps float islands where XNNPACK has no int8 kernel: GELU, pooling, softmax, LayerNorm and what is
+elementwise in attention. Matrix products are int8, with ranges around zero on their right (`converters.symmetric`).
+Measured on EfficientFormer-L1: 1 partition in place of 42, the same accuracy. Input and output stay float32, so a caller
+cannot tell the precisions apart.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from converters.errors import ConversionError
 from converters.head import InferHead, TrainHead
 from converters.prepare import DeployFeatures, evaluating, feature_dim
 from converters.quiet import quiet
+from converters.symmetric import PRODUCT, Ranges, products_with_constants, right_operands, with_symmetric
+from converters.tflite_metadata import About
 from device.contract.files import write_atomic
 
 TRAIN_BATCH = 8
 _HEAD_TENSORS = r"converters\.head|^infer_f_|^train_f_"
-_COMPUTE = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-_FLOAT_OPS = ("GELU", "AVERAGE_POOL_2D", "SOFTMAX", "BATCH_MATMUL")
+_COMPUTE = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", PRODUCT)
+_FLOAT_OPS = ("GELU", "AVERAGE_POOL_2D", "SOFTMAX")
 _FLOAT_SCOPES = (
     "LayerNorm",
     "Attention",
@@ -132,6 +136,7 @@ def quantize_static(float_path: Path, calibration: np.ndarray, path: Path, *, fl
         *((".*", operation, "float") for operation in _FLOAT_OPS),
         *((scope, "*", "float") for scope in _FLOAT_SCOPES),
         *((".+", operation, "static") for operation in _COMPUTE),  # also the ones fused under a LayerNorm's name
+        *((f"^{re.escape(name)};$", PRODUCT, "float") for name in products_with_constants(float_path)),
         *((scope, "*", "float") for scope in float_scopes),
         (".*", "INPUT", "float"),
         (".*", "OUTPUT", "float"),
@@ -148,10 +153,16 @@ def quantize_dynamic(float_path: Path, path: Path) -> Path:
 
 
 def bake_head(
-    path: Path, weight: np.ndarray, bias: np.ndarray, out_path: Path, *, labels: tuple[str, ...] = ()
+    path: Path,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    out_path: Path,
+    *,
+    labels: tuple[str, ...] = (),
+    about: About = About(),  # noqa: B008 (frozen)
 ) -> Path:
     """Write `model.infer.tflite`, image to logits, for tools that know no signatures; see `flatbuffer.bake_head`."""
-    return flatbuffer.bake_head(path, weight, bias, out_path, labels=labels)
+    return flatbuffer.bake_head(path, weight, bias, out_path, labels=labels, about=about)
 
 
 def _quantize(float_path: Path, path: Path, rules: Sequence[Rule], *, samples: Sequence[dict[str, Any]] = ()) -> Path:
@@ -159,15 +170,30 @@ def _quantize(float_path: Path, path: Path, rules: Sequence[Rule], *, samples: S
         from ai_edge_quantizer import quantizer
 
         try:
-            aeq = quantizer.Quantizer(str(float_path), _recipe([*rules, (_HEAD_TENSORS, "*", "float")]))
-            # one thread: the order of additions, and so the ranges, must not depend on scheduling
-            ranges = aeq.calibrate({flatbuffer.FEATURES: samples}, num_threads=1) if samples else None
+            recipe = _recipe([*rules, (_HEAD_TENSORS, "*", "float")])
+            aeq = quantizer.Quantizer(str(float_path), recipe.get_quantization_recipe())
+            ranges = _calibrate(float_path, recipe, samples) if samples else None
             result = aeq.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ConversionError(
                 f"{float_path}: ai-edge-quantizer refused it ({error}); name the layer in float_scopes to keep it float"
             ) from error
     return _write(bytes(result.quantized_model), path, None)
+
+
+def _calibrate(float_path: Path, recipe: Any, samples: Sequence[dict[str, Any]]) -> Ranges:
+    """The lowest and highest value of every tensor over all samples; around zero where a product needs that.
+
+    The quantizer by itself averages them from sample to sample, and clips what is above the average, which trained
+    models have: that costs accuracy.
+    """
+    from ai_edge_quantizer import calibrator
+    from ai_edge_quantizer.utils import qsv_utils
+
+    # one thread: the order of additions, and so the ranges, must not depend on scheduling
+    ranges = calibrator.Calibrator(str(float_path), num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+    ranges.calibrate({flatbuffer.FEATURES: samples}, recipe)
+    return with_symmetric(ranges.get_model_qsvs(), right_operands(float_path))
 
 
 def _recipe(rules: Sequence[Rule]) -> Any:
@@ -181,7 +207,7 @@ def _recipe(rules: Sequence[Rule]) -> Any:
             manager.add_dynamic_config(scope, operation, 8)
         else:
             manager.add_quantization_config(scope, operation, algorithm_key="no_quantize")
-    return manager.get_quantization_recipe()
+    return manager
 
 
 def _input_shape(path: Path) -> tuple[int, ...]:

@@ -13,7 +13,16 @@ from torch import nn
 from converters import coreml, tflite
 from converters.prepare import DeployClassifier
 from host.models.registry import create_model
-from tests.converters.tiny import INPUT_SHAPE, INPUT_SPEC, LABELS, MAX_CLASSES, make_images, make_model, randomize
+from tests.converters.tiny import (
+    INPUT_SHAPE,
+    INPUT_SPEC,
+    LABELS,
+    MAX_CLASSES,
+    make_images,
+    make_model,
+    randomize,
+    write_coreml_forms,
+)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +61,12 @@ def package(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def forms(model: nn.Module, package: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The other forms of the Core ML package, by name."""
+    return write_coreml_forms(model, package, tmp_path_factory.mktemp("forms"))
+
+
+@pytest.fixture(scope="session")
 def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same artifacts again, made by another process with another hash seed."""
     directory = tmp_path_factory.mktemp("rebuilt")
@@ -60,7 +75,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONHASHSEED": "7"},
-        timeout=120,
+        timeout=240,
     )
     return directory
 

@@ -230,8 +230,8 @@ def test_gate_refuses_a_missing_signature(artifacts, model, tmp_path):
 
 def test_gate_refuses_wrong_arithmetic(artifacts, tmp_path):
     model = flatbuffer.read_model(artifacts["float32"])
-    subtract = [op for op in model.subgraphs[2].operators if flatbuffer._operator_name(model, op) == "SUB"]
-    add = next(op for op in model.subgraphs[2].operators if flatbuffer._operator_name(model, op) == "ADD")
+    subtract = [op for op in model.subgraphs[2].operators if flatbuffer.operator_name(model, op) == "SUB"]
+    add = next(op for op in model.subgraphs[2].operators if flatbuffer.operator_name(model, op) == "ADD")
     last = subtract[-1]  # W - lr * gradient becomes W + lr * gradient
     last.opcodeIndex, last.builtinOptions, last.builtinOptionsType = (
         add.opcodeIndex,

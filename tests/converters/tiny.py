@@ -3,14 +3,19 @@
 Import it, never run it as a script: tensor names hold the module path of each layer, and `__main__` is another one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from device.contract.board import Board, load_board
+
 INPUT_SHAPE = (1, 16, 16, 1)
 MAX_CLASSES = 7
+BATCH_SIZE = 8
+FORMS = ("w8", "palette6", "ios18", "grouped4", "w8a8", "train", "w8_train", "w8a8_train", "grouped4_train")
 LABELS = ("zero", "one", "two", "three")
 INPUT_SPEC = {"height": 16, "width": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
 
@@ -93,6 +98,33 @@ def make_images(count: int, size: int = 16) -> np.ndarray:
     return (2 * windows.mean(axis=(-1, -2))).astype(np.float32)
 
 
+def board_of_ios(minimum_ios: int) -> Board:
+    """The profile of a phone whose oldest iOS is this one."""
+    board = load_board("iphone-15")
+    return replace(board, support=replace(board.support, minimum_ios=minimum_ios))
+
+
+def write_coreml_forms(model: nn.Module, package: Path, directory: Path) -> dict[str, Path]:
+    """Every other form of a Core ML package, by name; `package` is the float16 one."""
+    from converters import coreml, coreml_compress, coreml_multifunction, coreml_w8a8
+
+    facts = {"input_spec_metadata": INPUT_SPEC, "labels": LABELS}
+    paths = {name: directory / f"{name}.mlpackage" for name in FORMS}
+    coreml_compress.quantize_weights(package, paths["w8"])
+    coreml_compress.palettize_weights(package, paths["palette6"], board=board_of_ios(17), num_bits=6)
+    coreml.convert(model, INPUT_SHAPE, paths["ios18"], minimum_ios=18, **facts)
+    coreml_compress.palettize_weights(
+        paths["ios18"], paths["grouped4"], board=board_of_ios(18), num_bits=4, group_size=8
+    )
+    coreml_w8a8.convert(model, INPUT_SHAPE, paths["w8a8"], calibration_images=make_images(48)[:32], **facts)
+    coreml_multifunction.convert_train_step(
+        paths["train"], feature_dim=24 + 48, num_classes=MAX_CLASSES, batch_size=BATCH_SIZE
+    )
+    for source in ("w8", "w8a8", "grouped4"):
+        coreml_multifunction.merge(paths[source], paths["train"], paths[f"{source}_train"], board=board_of_ios(18))
+    return paths
+
+
 def write_artifacts(directory: Path) -> None:
     """Convert to every format; tests call it here and in a second process, and compare."""
     from converters import coreml, tflite
@@ -101,4 +133,6 @@ def write_artifacts(directory: Path) -> None:
     float32 = tflite.convert_float(model, INPUT_SHAPE, MAX_CLASSES, directory / "float32.tflite", input_spec=INPUT_SPEC)
     tflite.quantize_static(float32, make_images(48)[:32], directory / "static.tflite")
     tflite.quantize_dynamic(float32, directory / "dynamic.tflite")
-    coreml.convert(model, INPUT_SHAPE, directory / "model.mlpackage", input_spec_metadata=INPUT_SPEC, labels=LABELS)
+    package = directory / "model.mlpackage"
+    coreml.convert(model, INPUT_SHAPE, package, input_spec_metadata=INPUT_SPEC, labels=LABELS)
+    write_coreml_forms(model, package, directory)
