@@ -1,18 +1,20 @@
 """Resumable lists of measurements for long tables: what is finished is stored at once and not measured again.
 
-A job is one row of `bench/results/NAME.json`. The row carries `recipe`, a hash of everything that defines the job; a
-job whose recipe stands in the file already is skipped. When its definition changes it is measured again, and the old
+A job is a row of `bench/results/NAME.json`, or a few rows. They carry `recipe`, a hash of everything that defines the
+job; a job whose recipe stands in the file already is skipped. When its definition changes it is measured again, and the old
 row stays, out of date, until the new one replaces it. Rows that no job asks for any more are kept, at the end.
 
 Ctrl-C and SIGTERM stop at once: finished rows are in the file, jobs under way are lost.
 """
 
+import argparse
 import ast
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, Row, write_results
+from host.errors import HostError
 
 RECIPE_DIGITS = 12
 
@@ -74,6 +77,9 @@ class Table:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
 
 
+Measure = Callable[[Job], Row | Sequence[Row]]
+
+
 def digest(*parts: Any) -> str:
     """Short SHA-256 of anything JSON can say."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:RECIPE_DIGITS]
@@ -97,9 +103,46 @@ def _is_text(line: ast.stmt) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
-def run_jobs(
-    table: Table, jobs: Sequence[Job], measure: Callable[[Job], Row], *, workers: int = 1, only: str = ""
-) -> list[Row]:
+def main_of(
+    table: Table,
+    list_jobs: Callable[[], Sequence[Job]],
+    measure: Measure,
+    argv: Sequence[str] | None,
+    *,
+    prepare: Callable[[], Any] = lambda: None,
+    is_timed: bool = False,
+) -> int:
+    """The command line of a table: measure what it lacks, and answer a stop or an error of ours with one line.
+
+    Args:
+        table: as for `run_jobs`.
+        list_jobs: gives the jobs, once the command line is read.
+        measure: as for `run_jobs`.
+        argv: of the command; None: the process's own.
+        prepare: what must succeed before any job, for example finding the data.
+        is_timed: the rows are times, so there is no `--workers`: one process measures alone.
+
+    Returns:
+        The exit code: 130 when stopped.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{table.name}", description=f"{table.title}.")
+    parser.add_argument("--only", default="", metavar="PART", help="measure only jobs with this in their label")
+    if not is_timed:
+        parser.add_argument("--workers", type=int, default=1, help="processes, each on one thread")
+    options = parser.parse_args(argv)
+    try:
+        prepare()
+        run_jobs(table, list_jobs(), measure, workers=1 if is_timed else options.workers, only=options.only)
+    except HostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; finished rows are kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_jobs(table: Table, jobs: Sequence[Job], measure: Measure, *, workers: int = 1, only: str = "") -> list[Row]:
     """Measure the jobs that the table lacks, in order; return its rows that are up to date.
 
     A job that raises is reported and left out, and the others go on.
@@ -107,7 +150,7 @@ def run_jobs(
     Args:
         table: where the rows go; its notes are written anew even when nothing is left to measure.
         jobs: all of them, the wanted and the finished, with keys of their own.
-        measure: the other columns of a job's row. With several workers it must be importable by name.
+        measure: the other columns of a job's row, or rows. With several workers it must be importable by name.
         workers: processes, each on one thread; 1 measures in this process.
         only: part of the labels of the jobs to measure now; empty: all.
 
@@ -122,22 +165,22 @@ def run_jobs(
     with _sigterm_interrupts():
         for number, (job, result) in enumerate(_results(pending, measure, workers), start=1):
             try:
-                row = dict(result())
+                found = result()
+                rows = [found] if isinstance(found, Mapping) else list(found)
             except Exception:  # one bad job must not cost the night's others
                 traceback.print_exc()
                 failed.append(job.label)
                 continue
-            _store(table, jobs, {**job.key, **row, "recipe": job.recipe})
+            _store(table, jobs, job, [{**job.key, **row, "recipe": job.recipe} for row in rows])
             print(f"{number} of {len(pending)}: {job.label}", flush=True)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(pending)} jobs failed: {'; '.join(failed)}")
     return _rewrite(table, jobs)
 
 
-def _store(table: Table, jobs: Sequence[Job], row: Row) -> None:
-    (job,) = (job for job in jobs if job.describes(row))
-    rows = [other for other in table.record()["rows"] if not job.describes(other)]
-    _write(table, jobs, [*rows, row])
+def _store(table: Table, jobs: Sequence[Job], job: Job, rows: Sequence[Row]) -> None:
+    others = [row for row in table.record()["rows"] if not job.describes(row)]
+    _write(table, jobs, [*others, *rows])
 
 
 def _rewrite(table: Table, jobs: Sequence[Job]) -> list[Row]:
@@ -168,8 +211,8 @@ def _write(table: Table, jobs: Sequence[Job], rows: Sequence[Row], **known: Any)
 
 
 def _results(
-    jobs: Sequence[Job], measure: Callable[[Job], Row], workers: int
-) -> Iterator[tuple[Job, Callable[[], Row]]]:
+    jobs: Sequence[Job], measure: Measure, workers: int
+) -> Iterator[tuple[Job, Callable[[], Row | Sequence[Row]]]]:
     """Each job as it gets ready, with the function that gives its row or raises its error."""
     if workers == 1:
         yield from ((job, partial(measure, job)) for job in jobs)

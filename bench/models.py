@@ -39,8 +39,9 @@ def main() -> int:
         rows=rows,
         title="Models: parameters and MACs",
         notes=(
-            "`exact`: a published configuration; its parameters equal the published model's, both heads included where "
-            "it has two. Otherwise ours. MACs are those of convolutions and matrix products for one image."
+            "`exact`: a published configuration, both heads included where it has two; its parameters equal the "
+            "specification's integer where there is one. For gcab none is published, and ninformer/mnist has a geometry "
+            "that we assume. Otherwise ours. MACs are those of convolutions and matrix products for one image."
         ),
     )
     print(f"{len(rows)} models, {sum(row['exact'] for row in rows)} of them exact")

@@ -3,7 +3,8 @@
     python -m bench.ninformer_cifar10 [--workers N] [--only PART_OF_A_LABEL]
 
 Reads `cifar10_jpeg75.npz` and `mnist.npz.xz` from the folder FIELDVIT_DATA, else from `../shared/data` beside the
-repository. Resumable: finished rows stay (`bench.jobs`).
+repository. Resumable: finished rows stay (`bench.jobs`), and a training that was stopped goes on after its last whole
+epoch, to the same weights (`bench/results/unfinished`, not in the repository).
 
 Recipe, the same for every model: the authors' (Adam 1e-3 constant, batch 128, cross-entropy, dropout 0.5 in every FF;
 on CIFAR-10 random crop with padding 4 and flip) on the first 10,000 training images, 10 epochs on CIFAR-10 and 4 on
@@ -25,7 +26,6 @@ which stay in the cache, and dropout draws one random byte per element (`ByteDro
 a step).
 """
 
-import argparse
 import io
 import lzma
 import math
@@ -33,6 +33,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,10 +45,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.jobs import Job, Table, digest, run_jobs
-from bench.record import Row
+from bench.jobs import Job, Table, digest, main_of
+from bench.record import RESULTS, Row
 from bench.small_classifiers import CLASSIFIERS
-from host.errors import DataError, HostError
+from host.errors import DataError
 
 DATA = Path(os.environ.get("FIELDVIT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 CIFAR, MNIST = "CIFAR-10 (JPEG q75)", "MNIST"
@@ -71,6 +72,7 @@ RECIPE: Mapping[str, Any] = {
     "test": "float32",
 }
 LEARNING_RATE = 1e-3
+UNFINISHED = RESULTS / "unfinished"
 SLICE = 16
 """Images whose activations are in memory at a time."""
 CROP_PADDING = 4
@@ -127,11 +129,11 @@ def measure(job: Job) -> Row:
     dataset, seed, settings = job.key["dataset"], job.key["seed"], job.settings
     images, labels, test_images, test_labels = load_images(dataset)
     images, labels = images[: settings["images"]], labels[: settings["images"]]
-    start = time.process_time()
     model = build(dataset, job.key["model"], dropout=job.key["dropout"], seed=seed)
+    progress = Progress(UNFINISHED / f"{job.recipe}.pt")
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # dropout
-        loss = train(model, images, labels, settings, seed=seed)
+        train(model, images, labels, settings, progress, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     features = _features(model, normalize(test_images))
     row = {
@@ -140,7 +142,7 @@ def measure(job: Job) -> Row:
         "images": len(images),
         "clean_accuracy": _accuracy(model, features, test_labels),
         "script_protocol_accuracy": None,
-        "train_loss": round(loss, 4) if math.isfinite(loss) else None,
+        "train_loss": round(progress.loss, 4) if math.isfinite(progress.loss) else None,
         "permuted_accuracy": None,
         "permuted_output_changes": None,
     }
@@ -151,23 +153,72 @@ def measure(job: Job) -> Row:
         permuted = _features(model, normalize(test_images), torch.randperm(model.num_tokens, generator=generator))
         row["permuted_accuracy"] = _accuracy(model, permuted, test_labels)
         row["permuted_output_changes"] = not torch.allclose(permuted, features, rtol=1e-3, atol=1e-4)
-    return row | {"cpu_minutes": round((time.process_time() - start) / 60, 1)}
+    progress.path.unlink(missing_ok=True)
+    return row | {"cpu_minutes": round(progress.cpu_seconds / 60, 1)}
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, settings: Mapping[str, Any], *, seed: int) -> float:
-    """Train in place on images uint8 [N, C, H, W], leave in evaluation mode; returns the mean loss of the last epoch."""
+@dataclass(slots=True)
+class Progress:
+    """How far a training is, and the file that keeps it from epoch to epoch.
+
+    Args:
+        path: the file; it need not exist yet.
+        epochs: whole epochs done.
+        loss: mean of the last epoch.
+        cpu_seconds: spent on these epochs, in all the processes that worked on them.
+    """
+
+    path: Path
+    epochs: int = 0
+    loss: float = math.nan
+    cpu_seconds: float = 0.0
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        """Write all that the next epoch depends on, whole or not at all."""
+        state = {
+            "progress": [self.epochs, self.loss, self.cpu_seconds],
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generators": [generator.get_state(), torch.get_rng_state()],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.path)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        """Go back to the last whole epoch; without a file to the beginning."""
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        self.epochs, self.loss, self.cpu_seconds = state["progress"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        own, shared = state["generators"]
+        generator.set_state(own)
+        torch.set_rng_state(shared)
+
+
+def train(
+    model: nn.Module, images: Tensor, labels: Tensor, settings: Mapping[str, Any], progress: Progress, *, seed: int
+) -> None:
+    """Train in place on images uint8 [N, C, H, W], from `progress` on; leave in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     _replace_dropout(model.train())
-    for _ in range(settings["epochs"]):
-        total = 0.0
+    progress.load(model, optimizer, generator)
+    while progress.epochs < settings["epochs"]:
+        start, total = time.process_time(), 0.0
         for batch in torch.randperm(len(images), generator=generator).split(settings["batch_size"]):
             x = augment(images[batch], generator) if settings["augmented"] else images[batch]
             total += _backward(model, normalize(x), labels[batch])
             optimizer.step()
             optimizer.zero_grad()
+        progress.epochs += 1
+        progress.loss = total / len(images)
+        progress.cpu_seconds += time.process_time() - start
+        progress.save(model, optimizer, generator)
     model.eval()
-    return total / len(images)
 
 
 def _backward(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -352,30 +403,16 @@ def _fairness(rows: Sequence[Row]) -> str:
     return f"Without dropout, one seed and therefore no claim, clean accuracy on {CIFAR}: {', '.join(figures)}."
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.ninformer_cifar10", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workers", type=int, default=1, help="processes, each on one thread")
-    parser.add_argument("--only", default="", metavar="PART", help="measure only jobs with this in their label")
-    arguments = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
     table = Table(
         name="ninformer_cifar10",
-        command="make evidence-ninformer_cifar10",
+        command="python -m bench.ninformer_cifar10",
         data="CIFAR-10 as JPEG copies of quality 75, and MNIST: the first 10,000 training images (balanced in CIFAR-10), "
         "all 10,000 test images",
         title="NiNformer, its rivals and its ablations, trained alike",
         notes=summarize,
     )
-    try:
-        for dataset in FILES:
-            data_file(dataset)
-        run_jobs(table, list_jobs(), measure, workers=arguments.workers, only=arguments.only)
-    except HostError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; finished rows are kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return main_of(table, list_jobs, measure, argv, prepare=lambda: [data_file(dataset) for dataset in FILES])
 
 
 if __name__ == "__main__":

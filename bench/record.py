@@ -83,7 +83,9 @@ def _markdown(record: Mapping[str, Any], *, title: str, notes: str) -> str:
     table = [columns, ["---"] * len(columns), *([_cell(row.get(c)) for c in columns] for row in record["rows"])]
     machine = record["machine"]
     where = ", ".join(f"{machine[key]}" if key in ("cpu", "os") else f"{key} {machine[key]}" for key in machine)
-    seed = "no seed" if record["seed"] is None else f"seed {record['seed']}"
+    seed = f"seed {record['seed']}"
+    if record["seed"] is None:
+        seed = "seeds as in the rows" if "seed" in columns else "no seed"
     parts = [
         f"# {title}",
         "\n".join(f"| {' | '.join(line)} |" for line in table),

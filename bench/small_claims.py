@@ -25,7 +25,6 @@ Cost of one image in a training step, in milliseconds of CPU time of one core of
 So all 21 trainings take about 50 minutes of CPU time; ten epochs of everything would take two hours or more.
 """
 
-import argparse
 import math
 import sys
 import tempfile
@@ -40,11 +39,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.jobs import Job, Table, digest, run_jobs
+from bench.jobs import Job, Table, digest, main_of
 from bench.latency_families import convert, interleaved, runner
 from bench.ninformer_cifar10 import CIFAR, NUM_CLASSES, augment, data_file, load_images, normalize
 from bench.record import Row
-from host.errors import HostError
 from host.models.efficientformer import MetaBlock2d
 from host.models.measure import count_parameters
 from host.models.nextvit import HEAD_DIM, NextConvBlock, NextTransformerBlock, NextViT
@@ -294,11 +292,7 @@ def _create_on_meta(claim: str, variant: str) -> int:
         return count_parameters(next(make for key, make in BUILDERS.items() if key[::2] == (claim, variant))())
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.small_claims", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workers", type=int, default=1, help="processes, each on one thread")
-    parser.add_argument("--only", default="", metavar="PART", help="measure only jobs with this in their label")
-    arguments = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
     table = Table(
         name="small_claims",
         command="python -m bench.small_claims",
@@ -306,16 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         title="Small trainings that the specifications ask for",
         notes=summarize,
     )
-    try:
-        data_file(CIFAR)
-        run_jobs(table, list_jobs(), measure, workers=arguments.workers, only=arguments.only)
-    except HostError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; finished rows are kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return main_of(table, list_jobs, measure, argv, prepare=lambda: data_file(CIFAR))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from bench.jobs import Job, Table, digest_code, run_jobs
+from bench.jobs import Job, Table, digest_code, main_of, run_jobs
+from host.errors import DataError
 
 
 def make_jobs(*models: str, defined_by: str = "v1", **settings) -> list[Job]:
@@ -112,6 +113,37 @@ def test_sigterm_is_answered_as_before_afterwards(table):
     before = signal.getsignal(signal.SIGTERM)
     run_jobs(table, make_jobs("vit"), measure_length)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_measures_only_what_it_is_told_to(table, capsys):
+    jobs = make_jobs("vit", "mixer")
+    assert main_of(table, lambda: jobs, measure_length, ["--only", "mix"]) == 0
+    assert [row["model"] for row in stored(table)] == ["mixer"]
+    assert main_of(table, lambda: jobs, measure_length, []) == 0
+    assert [row["model"] for row in stored(table)] == ["vit", "mixer"]
+
+
+def test_the_command_answers_missing_data_with_one_line(table, capsys):
+    def find_data() -> None:
+        raise DataError("words.txt is missing")
+
+    assert main_of(table, lambda: make_jobs("vit"), measure_length, [], prepare=find_data) == DataError.exit_code
+    assert capsys.readouterr().err == "error: words.txt is missing\n"
+    assert stored(table) == []
+
+
+def test_the_command_says_that_it_was_stopped(table, capsys):
+    def stop(job: Job) -> dict:
+        raise KeyboardInterrupt
+
+    assert main_of(table, lambda: make_jobs("vit"), stop, []) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_times_are_measured_by_one_process_only(table, capsys):
+    with pytest.raises(SystemExit):
+        main_of(table, list, measure_length, ["--workers", "2"], is_timed=True)
+    assert "unrecognized arguments: --workers" in capsys.readouterr().err
 
 
 SCRIPT = """
