@@ -20,6 +20,8 @@ VENV := .venv
 DEVICE_VENV := .venv-device
 PEERS_VENV := .venv-peers
 BIN := $(VENV)/bin
+# A process per core; more than 4 would need more than 16 GB.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Names of scripts in bench/ that take a minute or two on a laptop.
 QUICK_BENCHES := device_latency install_sizes
@@ -38,10 +40,10 @@ quickstart: env device-env ## Run the whole loop on real data, ending in an HTML
 	@$(BIN)/fieldvit quickstart --device-python $(DEVICE_VENV)/bin/python $(ARGS)
 
 test: env device-env ## Run the tests that take minutes at most
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: env device-env ## Run the long tests, too long for every change
-	@$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5  # 5: there is none
+	@$(PYTEST) -m slow $(ARGS) || test $$? -eq 5  # 5: there is none
 
 lint: env ## Check style and types (ruff, mypy)
 	@$(BIN)/ruff check .

@@ -36,7 +36,9 @@ def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
 
 
 def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize float32 [N, h, w, C] to [N, height, width, C]."""
+    """Resize float32 [N, h, w, C] to [N, height, width, C]; images of that size stay as they are."""
+    if images.shape[1:3] == (height, width):
+        return images
     rows = _interpolation_matrix(images.shape[1], height)  # [H, h]
     columns = _interpolation_matrix(images.shape[2], width)  # [W, w]
     tall = np.einsum("Hh,nhwc->nHwc", rows, images)

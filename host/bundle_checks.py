@@ -9,20 +9,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from converters.errors import ParityError
+from converters.isolate import opened
+from converters.layers import LayerReport
+from converters.runners import open_features
+from converters.torch_trace import trace
 from device.contract.bundle import extract
 from device.contract.errors import ArtifactError
 from device.contract.manifest import Artifact, Manifest
 from device.contract.records import from_table
-from device.engine import Engine
 from device.preprocess import preprocess
+from host.artifact_checks import FLOAT, INFER, ArtifactCheck, Examiner
 from host.files import sha256_of
 from host.recipe import Recipe
-from host.stages.data import base_test_images, load_model, load_split
-from host.stages.features import tflite_features, torch_features
-from host.stages.head import load_head
-from host.stages.proof import INFER_PATH, MIN_AGREEMENT, Proof, Reference, prove_coreml, prove_infer, prove_tflite
+from host.stages.data import base_test_images, input_spec, load_model, load_split
+from host.stages.features import over_images, torch_features
+from host.stages.head import LinearHead, load_head
+from host.stages.proof import INFER_PATH, MIN_AGREEMENT, Proof, Reference, prove_coreml
+from host.stages.quantize import INT8
 
 CHECK_COLUMNS = (
     "artifact",
@@ -33,7 +39,6 @@ CHECK_COLUMNS = (
     "required",
     "verdict",
 )
-FLOAT = "float32"
 OWN_FLOAT = "the bundle's own float32 file, because the run that made it is not at hand (--runs)"
 
 
@@ -66,6 +71,7 @@ class VerifyReport:
     reference: str
     images: int
     checks: tuple[Check, ...]
+    layers: tuple[LayerReport, ...]
 
     def require_passed(self) -> None:
         """Raise ParityError naming every artifact that failed."""
@@ -76,26 +82,46 @@ class VerifyReport:
             )
 
 
-def verify_bundle(bundle: Path, runs: Path) -> VerifyReport:
+def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> VerifyReport:
     """Compare every artifact of a bundle with the float reference.
+
+    Args:
+        bundle: NAME-VERSION.fieldvit.
+        runs: where the run that made it is looked for.
+        with_layers: compare the tensors of the float32 file with PyTorch's too, where the run is at hand; those of
+            quantized files are always compared with the float32 file's.
 
     Raises:
         ArtifactError: the bundle is damaged or its recipe cannot be read.
+        ConversionError: an artifact cannot be read, or kills the process that interprets it.
     """
     with tempfile.TemporaryDirectory(prefix="fieldvit-verify-") as temporary:
         directory = Path(temporary)
         manifest = extract(bundle, directory)
         recipe = recipe_of(manifest)
-        reference, what = _reference(recipe, manifest, directory, runs)
-        checks = [_check_tflite(artifact, manifest, recipe, directory, reference) for artifact in manifest.artifacts]
-        if what == OWN_FLOAT:
+        model = _model(recipe, manifest, runs)
+        examiner = _examiner(recipe, manifest, directory, model)
+        if with_layers and model is not None:
+            examiner = replace(examiner, traced=trace(model.deploy(), examiner.images()))
+        heads = {name: _head(directory, name, manifest) for name in (FLOAT, INT8)}
+        files = {artifact.precision: directory / artifact.path for artifact in manifest.artifacts}
+        found = {
+            name: examiner.check(path, name, heads[INT8 if name == INFER else name])
+            for name, path in {**files, INFER: directory / INFER_PATH}.items()
+        }
+        checks = [_check(name, check, manifest, recipe, directory) for name, check in found.items()]
+        if model is None:
             checks = [replace(check, is_reference=check.artifact == FLOAT) for check in checks]
-        proof = prove_infer(directory / INFER_PATH, reference)
-        checks.append(Check(artifact="infer", proof=proof, problems=proof.problems("infer")))
         if manifest.coreml:
-            proof = prove_coreml(directory / manifest.coreml.path, reference)
+            proof = prove_coreml(directory / manifest.coreml.path, examiner.reference)
             checks.append(Check(artifact="coreml", proof=proof, problems=proof.problems("coreml")))
-        return VerifyReport(bundle=bundle.name, reference=what, images=len(reference.images), checks=tuple(checks))
+        return VerifyReport(
+            bundle=bundle.name,
+            reference=OWN_FLOAT if model is None else f"the PyTorch model {_weights(recipe, runs)}",
+            images=len(examiner.reference.images),
+            checks=tuple(checks),
+            layers=tuple(check.layers for check in found.values() if check.layers),
+        )
 
 
 def recipe_of(manifest: Manifest) -> Recipe:
@@ -104,37 +130,49 @@ def recipe_of(manifest: Manifest) -> Recipe:
     return from_table(Recipe, table or {}, where=f"{manifest.name}: provenance.recipe", error=ArtifactError)
 
 
-def _reference(recipe: Recipe, manifest: Manifest, directory: Path, runs: Path) -> tuple[Reference, str]:
-    images, labels = base_test_images(load_split(recipe), manifest.input)
-    weights = runs / recipe.name / "train" / "model.safetensors"
-    head = load_head(directory / "head.npz", FLOAT, shrinkage=manifest.learning.shrinkage)
+def _weights(recipe: Recipe, runs: Path) -> Path:
+    return runs / recipe.name / "train" / "model.safetensors"
+
+
+def _model(recipe: Recipe, manifest: Manifest, runs: Path) -> nn.Module | None:
+    """The trained model of the run that made the bundle; None where that run is not at hand."""
+    weights = _weights(recipe, runs)
     if weights.exists() and sha256_of(weights) == manifest.provenance.get("weights_sha256"):
-        features, what = torch_features(load_model(recipe, weights), images), f"the PyTorch model {weights}"
+        return load_model(recipe, weights)
+    return None
+
+
+def _examiner(recipe: Recipe, manifest: Manifest, directory: Path, model: nn.Module | None) -> Examiner:
+    images, spec = base_test_images(load_split(recipe)), input_spec(recipe)
+    float_path = directory / manifest.artifact(FLOAT).path
+    if model is not None:
+        features = over_images(torch_features(model), images.images, spec)
     else:
-        features = tflite_features(directory / manifest.artifact(FLOAT).path, images)
-        what = OWN_FLOAT
-    return Reference(images=images, labels=labels, features=features, logits=head.logits(features)), what
+        with opened(open_features, float_path) as features_of:
+            features = over_images(features_of, images.images, spec)
+    logits = _head(directory, FLOAT, manifest).logits(features)
+    reference = Reference(images=images, spec=manifest.input, features=features, logits=logits)
+    return Examiner(reference=reference, spec=spec, float_path=float_path)
 
 
-def _check_tflite(
-    artifact: Artifact, manifest: Manifest, recipe: Recipe, directory: Path, reference: Reference
-) -> Check:
-    path, head = (
-        directory / artifact.path,
-        load_head(directory / "head.npz", artifact.precision, shrinkage=manifest.learning.shrinkage),
-    )
-    proof = prove_tflite(path, head, reference)
-    problems = [*proof.problems(artifact.precision), *_golden_problems(artifact, directory, manifest)]
-    drop = manifest.float_accuracy - proof.accuracy
-    if drop > recipe.quantize.max_accuracy_drop:
-        problems.append(f"accuracy is {drop:.4f} below float, {recipe.quantize.max_accuracy_drop:.4f} is allowed")
-    return Check(artifact=artifact.precision, proof=proof, problems=tuple(problems))
+def _head(directory: Path, precision: str, manifest: Manifest) -> LinearHead:
+    return load_head(directory / "head.npz", precision, shrinkage=manifest.learning.shrinkage)
+
+
+def _check(name: str, check: ArtifactCheck, manifest: Manifest, recipe: Recipe, directory: Path) -> Check:
+    problems = list(check.problems)
+    if name != INFER:
+        problems += _golden_problems(manifest.artifact(name), directory, manifest)
+        drop = manifest.float_accuracy - check.proof.accuracy
+        if drop > recipe.quantize.max_accuracy_drop:
+            problems.append(f"accuracy is {drop:.4f} below float, {recipe.quantize.max_accuracy_drop:.4f} is allowed")
+    return Check(artifact=name, proof=check.proof, problems=tuple(problems))
 
 
 def _golden_problems(artifact: Artifact, directory: Path, manifest: Manifest) -> tuple[str, ...]:
     with np.load(directory / "golden.npz", allow_pickle=False) as golden:
         frames, expected = golden["frames"], golden[f"{artifact.precision}/features"]
-    engine = Engine(directory / artifact.path)
-    features = np.stack([engine.features(image[None]) for image in preprocess(frames, manifest.input)])
+    with opened(open_features, directory / artifact.path) as features_of:
+        features = features_of(preprocess(frames, manifest.input))
     difference, allowed = np.abs(features - expected).max(), artifact.golden_tolerance * np.abs(expected).max()
     return () if difference <= allowed else (f"golden outputs differ by {difference:.3g}, {allowed:.3g} is allowed",)

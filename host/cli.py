@@ -5,15 +5,19 @@ Verbs parse, call one function and print. Heavy imports happen inside the verb, 
 
 import io
 import json
+import os
+import shlex
 import shutil
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from device.contract.errors import DeviceError
+from device.contract.topics import DeviceId
 from host.errors import HostError, RecipeError
 
 app = typer.Typer(
@@ -25,12 +29,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, TOML.", show_default=False)]
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, TOML, or zoo:NAME.", show_default=False)]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle, NAME-VERSION.fieldvit.", show_default=False)]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+RepoOption = Annotated[Path, typer.Option("--repo", help="The update repository; made if it is not there.")]
+KeysOption = Annotated[
+    Path, typer.Option("--keys", help="Its signing keys; made with the repository. Keep them secret.")
+]
 BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
-RUNS = Path("runs")
+RUNS, UPDATES, KEYS = Path("runs"), Path("updates"), Path("keys")
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click and exports no public name for this class
 
@@ -60,10 +68,32 @@ def quickstart(
     run_quickstart(config)
 
 
-@app.command(epilog="Example: fieldvit run my.toml")
-def run(recipe: RecipeArgument, runs: RunsOption = RUNS) -> None:
-    """Run all stages of a recipe; finished ones are not repeated."""
-    _run_until(recipe, runs, "export")
+@app.command(epilog="Example: fieldvit run my.toml --flash dir:board")
+def run(
+    recipe: RecipeArgument,
+    runs: RunsOption = RUNS,
+    to: Annotated[
+        str, typer.Option("--flash", help="dir:PATH of a board: publish the bundle and flash it there too.")
+    ] = "",
+    board: Annotated[str, typer.Option(help="That board's profile; without it the recipe's first.")] = "",
+    repo: RepoOption = UPDATES,
+    keys: KeysOption = KEYS,
+    channel: Annotated[str, typer.Option(help="The channel that will point at the bundle.")] = "stable",
+) -> None:
+    """Run all stages of a recipe; finished ones are not repeated. With --flash, all the way to a board."""
+    from host.recipe import load_recipe
+
+    root = parse_directory(to) if to else None
+    bundle = _run_until(recipe, runs, "export")
+    if root is None or bundle is None:
+        return
+    from host.fleet.flash import BoardSettings, flash_directory
+    from host.fleet.repository import publish_bundle
+
+    board = board or load_recipe(recipe).export.boards[0]
+    publish_bundle(bundle, channel, directory=repo, keys=keys)
+    settings = BoardSettings(id=DeviceId("home", "board-1"), board=board, channel=channel, broker=None, frames="frames")
+    _tell_flashed(root, board, flash_directory(bundle, root, repository=repo, settings=settings))
 
 
 @app.command(epilog="Example: fieldvit train my.toml")
@@ -84,43 +114,122 @@ def export(recipe: RecipeArgument, runs: RunsOption = RUNS) -> None:
     _run_until(recipe, runs, "export")
 
 
-@app.command(epilog="Example: fieldvit verify runs/quickstart/export/quickstart-0.1.0.fieldvit")
-def verify(bundle: BundleArgument, runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
-    """Compare every artifact of a bundle with the float reference on real images; exit code 11 if one fails."""
-    from host.bundle_checks import CHECK_COLUMNS, verify_bundle
+@app.command(epilog="Example: fieldvit data my.toml")
+def data(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+    """Show what a recipe's data holds: how many images of each class train, validate, wait for the field, and test."""
+    from host.data.sources import load_splits
+    from host.data.splits import ClassCounts, class_counts
+    from host.recipe import load_recipe
 
-    report = verify_bundle(bundle, runs)
+    loaded = load_recipe(recipe)
+    splits = load_splits(loaded.data, seed=loaded.seed)
+    counts = class_counts(splits)
+    record = {
+        "description": splits.description,
+        "skipped": splits.skipped,
+        "classes": [row._asdict() for row in counts],
+    }
+    if not as_json:
+        print(splits.description)
+        for name in splits.skipped:
+            print(f"skipped, it cannot be read: {name}")
+    _print_table(ClassCounts._fields, [tuple(map(str, row)) for row in counts], record if as_json else None)
+
+
+@app.command(epilog="Example: fieldvit verify runs/quickstart/export/quickstart-0.1.0.fieldvit --layers")
+def verify(
+    bundle: BundleArgument,
+    runs: RunsOption = RUNS,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare every tensor; name the first that departs, and draw the errors.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where the drawing goes; without it, beside the bundle.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every artifact of a bundle with the float reference on real images; exit code 11 if one fails."""
+    if out and not layers:
+        raise RecipeError(f"--out {out} is where --layers draws; add --layers")
+    _require_bundle(bundle)
+    from host.bundle_checks import CHECK_COLUMNS, verify_bundle
+    from host.layer_table import LAYER_COLUMNS, draw_layers, layer_record, layer_rows, layer_summary
+
+    report = verify_bundle(bundle, runs, with_layers=layers)
     if not as_json:
         print(f"{report.images} test images, against {report.reference}")
         print("cosine and difference: features of int8 and float32, logits of infer (int8) and coreml (float16)")
-    _print_table(CHECK_COLUMNS, [check.row() for check in report.checks], asdict(report) if as_json else None)
+    record = {key: value for key, value in asdict(report).items() if key != "layers"}
+    drawing = draw_layers(report.layers, bundle, out or bundle.parent) if layers else None
+    if drawing:
+        record |= {"layers": layer_record(report.layers), "drawing": str(drawing)}
+    _print_table(CHECK_COLUMNS, [check.row() for check in report.checks], record if as_json else None)
+    if drawing and not as_json:
+        _print_table(LAYER_COLUMNS, layer_rows(report.layers), None)
+        print(*layer_summary(report), f"errors along the depth: {drawing}", sep="\n")
     report.require_passed()
 
 
-@app.command(epilog="Example: fieldvit bench runs/quickstart/export/quickstart-0.1.0.fieldvit")
+@app.command(
+    epilog="Example: fieldvit bench mine-0.1.0.fieldvit --vs other.tflite --vs other.onnx --queries 1024 --out bench"
+)
 def bench(
-    bundle: BundleArgument,
-    vs: Annotated[Path | None, typer.Option("--vs", help="Another bundle, measured in turn with the first.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the test images.")] = 3,
+    bundle: Annotated[
+        Path,
+        typer.Argument(help="A bundle, NAME-VERSION.fieldvit, or a single .tflite or .onnx file.", show_default=False),
+    ],
+    vs: Annotated[
+        list[Path] | None, typer.Option("--vs", help="Another of these, measured in turn with the first; repeatable.")
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(min=1, help="Queries of each file; 256 if --seconds is not given either.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Go on for so long, all files together; with --queries, until both.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each runtime.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Write report.html and report.md into this directory.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy, latency, size and memory of a bundle's artifacts on this machine, alone or against another."""
-    from host.bundle_bench import BENCH_COLUMNS, bench_bundles
+    """Measure latency, size, memory, accuracy and delegation on this machine, query by query, alone or against others."""
+    from host.bench.contestants import require_measurable
 
-    rows = bench_bundles([bundle, *([vs] if vs else [])], rounds=rounds)
-    _print_table(
-        BENCH_COLUMNS, [row.row() for row in rows], {"rows": [asdict(row) for row in rows]} if as_json else None
+    paths = [bundle, *(vs or [])]
+    for path in paths:
+        require_measurable(path)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    from host.bench.measure import Extent
+    from host.bench.result import COLUMNS
+    from host.bench.run import bench_files
+    from host.terminal import StageLines
+
+    options = {"--queries": queries, "--seconds": seconds, "--threads": threads}
+    words = [*paths[:1], *(word for path in paths[1:] for word in ("--vs", path))]
+    words += [word for name, value in options.items() if value is not None for word in (name, value)]
+    result = bench_files(
+        paths,
+        Extent.of(queries, seconds),
+        num_threads=threads,
+        command=shlex.join(["fieldvit", "bench", *map(str, words)]),
+        today=datetime.now(UTC).date(),
+        report=StageLines(),
     )
+    if out:
+        from host.bench.report import write_reports
+
+        write_reports(result, out)
+    _print_table(COLUMNS, [row.cells(COLUMNS) for row in result.rows], result.record() if as_json else None)
+    if not as_json:
+        print(*result.notes(), sep="\n")
 
 
 @app.command(epilog="Example: fieldvit publish runs/quickstart/export/quickstart-0.1.0.fieldvit --channel stable")
 def publish(
     bundle: BundleArgument,
     channel: Annotated[str, typer.Option(help="The channel that will point at the bundle.")] = "stable",
-    repo: Annotated[Path, typer.Option(help="The update repository; made if it is not there.")] = Path("updates"),
-    keys: Annotated[Path, typer.Option(help="Its signing keys; made with the repository. Keep them secret.")] = Path(
-        "keys"
-    ),
+    repo: RepoOption = UPDATES,
+    keys: KeysOption = KEYS,
 ) -> None:
     """Sign a bundle into the update repository and point a channel at it."""
     from host.fleet.repository import publish_bundle
@@ -148,15 +257,13 @@ def flash(
     ] = "frames",
 ) -> None:
     """Put a published bundle, the trusted root and a configuration into a board's data directory."""
-    from device.contract.topics import DeviceId
     from host.fleet.flash import BoardSettings, flash_directory
 
     root = parse_directory(to)
     address = parse_broker(broker) if broker else None
     settings = BoardSettings(id=DeviceId(site, device), board=board, channel=channel, broker=address, frames=frames)
     expires = flash_directory(bundle, root, repository=repo, settings=settings)
-    print(f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}; after that publish and flash again")
-    print(f"start the board with: fieldvit-device run --root {root}")
+    _tell_flashed(root, board, expires)
 
 
 @app.command(epilog="Example: fieldvit monitor --store monitor.sqlite --port 8080")
@@ -223,19 +330,33 @@ app.add_typer(models_app, name="models")
 
 
 @models_app.callback(invoke_without_command=True)
-def models(context: typer.Context, as_json: JsonOption = False) -> None:
+def models(
+    context: typer.Context,
+    as_json: JsonOption = False,
+    board: Annotated[str, typer.Option(help="Say which fit this board; see 'fieldvit boards'.")] = "",
+) -> None:
     """List every model that a recipe can name, with its size; `models show NAME` draws one."""
     if context.invoked_subcommand:
         if as_json:
             raise RecipeError(
                 f"--json belongs behind the verb: fieldvit models {context.invoked_subcommand} NAME --json"
             )
+        if board:
+            raise RecipeError(f"--board belongs to the list: fieldvit models --board {board}")
         return
-    from host.model_list import COLUMNS, NARROW_COLUMNS, model_records, model_rows
+    from device.contract.board import load_board
 
-    shown = NARROW_COLUMNS if _is_narrow() else len(COLUMNS)
-    rows = [row[:shown] for row in model_rows()]
-    _print_table(COLUMNS[:shown], rows, {"models": model_records()} if as_json else None)
+    profile = load_board(board) if board else None
+    from host.model_list import NARROW_COLUMNS, board_note, model_columns, model_records, model_rows
+
+    columns = model_columns(profile)
+    shown = NARROW_COLUMNS if _is_narrow() else len(columns)
+    if profile and not as_json:
+        print(board_note(profile))
+    rows = [row[:shown] for row in model_rows(profile)]
+    _print_table(columns[:shown], rows, {"models": model_records(profile)} if as_json else None)
+    if shown < len(columns) and not as_json:
+        print(f"a wider terminal, or --json, also shows {', '.join(columns[shown:])}")
 
 
 @models_app.command("show", epilog="Example: fieldvit models show nextvit/s")
@@ -249,6 +370,28 @@ def show_model(
         print(json.dumps(show_record(name), indent=1))
     else:
         print(*show_lines(name), sep="\n")
+
+
+@models_app.command("zoo", epilog="Example: fieldvit models zoo")
+def list_zoo(as_json: JsonOption = False) -> None:
+    """List the trained checkpoints that ship, with their data, its terms, and their accuracy; `run zoo:NAME` takes one."""
+    from device.contract.records import to_table
+    from host.zoo.cards import list_cards
+
+    cards = list_cards()
+    columns = ("checkpoint", "model", "classes", "accuracy", "test images", "data")
+    rows = [
+        (
+            card.name,
+            f"{card.family}/{card.variant}",
+            str(len(card.labels)),
+            f"{card.test_accuracy:.2%}",
+            str(card.test_images),
+            card.description,
+        )
+        for card in cards
+    ]
+    _print_table(columns, rows, {"checkpoints": [to_table(card) for card in cards]} if as_json else None)
 
 
 @app.command(epilog="Example: fieldvit doctor")
@@ -307,13 +450,31 @@ def main(argv: list[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _run_until(path: Path, runs: Path, last: str) -> None:
+def _tell_flashed(root: Path, board: str, expires: datetime) -> None:
+    print(f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}; after that publish and flash again")
+    print(f"start the board with: fieldvit-device run --root {root}")
+
+
+def _run_until(path: Path, runs: Path, last: str) -> Path | None:
+    """Run a recipe's stages; returns the bundle, if there is one, and if this process is the one to go on with it."""
     from host.recipe import load_recipe
     from host.stages.order import run_recipe
     from host.terminal import StageLines
 
+    if int(os.environ.get("RANK", 0)):  # one of several processes that torchrun started: the first one speaks for all
+        run_recipe(load_recipe(path), runs, until=last, report=lambda *progress: None)
+        return None
     directory = run_recipe(load_recipe(path), runs, until=last, report=StageLines())
     print(directory / last)
+    return next((directory / last).glob("*.fieldvit"), None)
+
+
+def _require_bundle(*bundles: Path) -> None:
+    """Tell of a wrong path at once, before anything heavy is imported."""
+    from device.contract.bundle import read_manifest
+
+    for bundle in bundles:
+        read_manifest(bundle)
 
 
 def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], as_json: dict[str, Any] | None) -> None:

@@ -9,6 +9,7 @@ HostError               1
 +-- MonitorError        16  (RuntimeError)  broker, store or page cannot start
 +-- ExportError         17  (ValueError)    an artifact may not be shipped: too far from float, or over a board's budget
     +-- QuickstartError     18  (RuntimeError)  the quickstart ran, but missed what it promises
++-- BenchError          19  (RuntimeError)  a file cannot be measured
 """
 
 
@@ -64,3 +65,9 @@ class QuickstartError(HostError, RuntimeError):
     """The quickstart ran to its end, but missed what it promises."""
 
     exit_code = 18
+
+
+class BenchError(HostError, RuntimeError):
+    """A file cannot be measured: it is missing, its runtime is, or it kills the process that runs it."""
+
+    exit_code = 19

@@ -1,24 +1,36 @@
-"""What `fieldvit models` prints: one line per model, or one model drawn stage by stage."""
+"""What `fieldvit models` prints: one line per model, or one model drawn stage by stage.
 
+Whether a model fits a board is what the exporter will demand: room for the smallest artifact that the board runs, by its estimate.
+"""
+
+import difflib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from device.contract.board import Board
 from host.errors import ModelError
 from host.models.entry import ModelEntry
 from host.models.measure import Stage, draw_stages
 from host.models.registry import find_model, list_models
+from host.stages.budget import int8_bytes, over_budget
 
-COLUMNS = ("model", "input", "parameters", "MACs", "", "task", "paper", "summary")
 NARROW_COLUMNS = 5
-"""How many of `COLUMNS` fit into 80 characters."""
+"""How many of the columns fit into 80 characters."""
 
 
-def model_rows() -> list[tuple[str, ...]]:
-    """One row per model, under `COLUMNS`."""
+def model_columns(board: Board | None = None) -> tuple[str, ...]:
+    """The heads of `model_rows`."""
+    of_board = ("int8 MB", "fits") if board else ()
+    return ("model", *of_board, "input", "parameters", "MACs", "kind", "task", "paper", "summary")
+
+
+def model_rows(board: Board | None = None) -> list[tuple[str, ...]]:
+    """One row per model; for a board with the estimated size and whether it fits."""
     return [
         (
             entry.name,
+            *_board_cells(entry, board),
             _input(entry),
             f"{entry.parameters:,}",
             _macs(entry.macs),
@@ -48,9 +60,18 @@ def model_record(entry: ModelEntry) -> dict[str, Any]:
     }
 
 
-def model_records() -> list[dict[str, Any]]:
-    """All models, for scripts."""
-    return [model_record(entry) for entry in list_models()]
+def model_records(board: Board | None = None) -> list[dict[str, Any]]:
+    """All models, for scripts; for a board with what `model_rows` adds."""
+    return [model_record(entry) | _board_record(entry, board) for entry in list_models()]
+
+
+def board_note(board: Board) -> str:
+    """What the columns of a board mean."""
+    budget = f"{board.budget.artifact_bytes / 1e6:.1f} MB"
+    return (
+        f"{board.name} takes artifacts of up to {budget}; estimated are 1 byte per parameter in int8, 4 in float32, "
+        "2 in Core ML"
+    )
 
 
 def show_record(name: str) -> dict[str, Any]:
@@ -66,7 +87,7 @@ def show_record(name: str) -> dict[str, Any]:
         }
         for stage in draw_stages(entry)
     ]
-    return model_record(entry) | {"stages": stages}
+    return model_record(entry) | {"stages": stages, "parameters_outside_stages": _outside(entry, draw_stages(entry))}
 
 
 def show_lines(name: str) -> Iterator[str]:
@@ -82,7 +103,8 @@ def show_lines(name: str) -> Iterator[str]:
     if entry.timm_name:
         yield f"published weights: timm's {entry.timm_name}"
     yield ""
-    rows = [_draw(stages) for stages in _runs(stage for stage in draw_stages(entry) if stage.parameters)]
+    stages = draw_stages(entry)
+    rows = [_draw(run) for run in _runs(stage for stage in stages if stage.parameters)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield f"  {_input(entry):>14}   image"
     for shape, name, content, parameters, macs in rows:
@@ -91,13 +113,38 @@ def show_lines(name: str) -> Iterator[str]:
             f"  {shape:>14}   {name:{widths[1]}}   {content:{widths[2]}}   {parameters:>{widths[3]}} parameters   "
             f"{macs:>{widths[4]}} MACs"
         )
+    outside = _outside(entry, stages)
+    if outside:
+        yield f"  {'':>14}   and {outside:,} parameters outside of these: positions, tokens"
+
+
+def _board_cells(entry: ModelEntry, board: Board | None) -> tuple[str, ...]:
+    if board is None:
+        return ()
+    over = over_budget(board, entry.parameters, has_coreml=True)
+    return f"{int8_bytes(entry.parameters) / 1e6:.1f}", f"no: {over[0]}" if over else "yes"
+
+
+def _board_record(entry: ModelEntry, board: Board | None) -> dict[str, Any]:
+    if board is None:
+        return {}
+    over = over_budget(board, entry.parameters, has_coreml=True)
+    return {"int8_bytes_estimate": int8_bytes(entry.parameters), "fits": not over, "over_budget": over and over[0]}
 
 
 def _find(name: str) -> ModelEntry:
     family, slash, variant = name.partition("/")
     if not slash and family not in {entry.family for entry in list_models()}:
-        raise ModelError(f"{name!r} is no model name; write FAMILY/VARIANT, as 'fieldvit models' lists them")
+        names = [entry.name for entry in list_models()]
+        close = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ", as 'fieldvit models' lists them"
+        raise ModelError(f"{name!r} is no model name; write FAMILY/VARIANT{hint}")
     return find_model(family, variant)
+
+
+def _outside(entry: ModelEntry, stages: Iterable[Stage]) -> int:
+    """Parameters that belong to no stage, such as position embeddings and tokens."""
+    return entry.parameters - sum(stage.parameters for stage in stages)
 
 
 def _runs(stages: Iterable[Stage]) -> list[list[Stage]]:

@@ -85,6 +85,7 @@ def test_support_uses_known_words(board):
     assert support.max_tensor_rank == 5
     assert board.hardware.arch in {"aarch64", "x86_64", "arm64"}
     assert ("coreml" in support.formats) == board.name.startswith("iphone")
+    assert support.minimum_ios is None or f"iOS {support.minimum_ios} or later" == board.hardware.os
 
 
 def test_desktop_profile_leaves_room_for_the_quickstart():
@@ -100,6 +101,14 @@ def test_desktop_profile_leaves_room_for_the_quickstart():
 def test_unknown_board_is_refused_with_the_names_there_are():
     with pytest.raises(ConfigError, match=r"'toaster' is unknown; choose one of .*raspberry-pi-5"):
         load_board("toaster")
+
+
+@pytest.mark.parametrize(("name", "minimum_ios"), [("raspberry-pi-5", 17), ("iphone-12", None)])
+def test_an_ios_goes_with_core_ml(name, minimum_ios):
+    table = _table(name)
+    support = {**table["support"], "minimum_ios": minimum_ios}
+    with pytest.raises(ConfigError, match=rf"minimum_ios goes with the format coreml: .* minimum_ios is {minimum_ios}"):
+        parse_board(name, {**table, "support": support})
 
 
 def test_profile_under_another_name_is_refused():

@@ -7,17 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bench.quickstart_seeds import readme_table
 from host.errors import HostError
-from host.models.registry import create_model
+from host.models.registry import create_model, list_models
 from host.quickstart.metrics import missed_bounds
 from host.quickstart.processes import find_device_python
+from host.zoo import find_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+def block_with(text):
+    return next(block for block in BLOCKS if text in block)
 
 
 def results(name):
@@ -36,6 +43,19 @@ def test_local_links_and_pictures_exist():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_model_stands_in_the_table_of_families():
+    rows = {line.split("`")[1]: line for line in README.splitlines() if line.startswith("| `") and line.count("|") == 4}
+    for entry in list_models():
+        variant = entry.variant.removesuffix("-distilled")
+        assert f"`{variant}`" in rows[entry.family], entry.name
+
+
+def test_checkpoints_that_are_named_exist():
+    names = re.findall(r"run zoo:([a-z0-9-]+)", README)
+    assert names
+    assert all(find_checkpoint(name).is_file() for name in names)
 
 
 def test_results_are_the_measured_ones():
@@ -63,7 +83,7 @@ def test_commands_by_hand_run_in_their_order(tmp_path):
         pytest.skip(str(error))
     (tmp_path / "host").symlink_to(ROOT / "host")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    commands = BLOCKS[1].splitlines()
+    commands = block_with("sed ").splitlines()
     assert commands[1].startswith("sed ")
     commands.insert(2, "sed -i.bak -e 's/epochs = 60/epochs = 10/' -e 's/drop = 0.01/drop = 0.2/' my.toml")
     path = os.pathsep.join([str(Path(sys.executable).parent), str(device.parent), os.environ["PATH"]])
@@ -78,3 +98,69 @@ def test_commands_by_hand_run_in_their_order(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "confirmed" in done.stdout
+
+
+@pytest.mark.slow
+def test_photos_reach_a_board_as_the_readme_says(tmp_path):
+    write_photos(tmp_path / "photos", per_class=40)
+    recipe = (ROOT / "host/recipes/photos.toml").read_text()
+    recipe = recipe.replace("epochs = 60", "epochs = 12").replace("batch_size = 64", "batch_size = 16")
+    (tmp_path / "photos.toml").write_text(recipe.replace('"coreml"', "").replace('"tflite", ', '"tflite"'))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e", "-c", block_with("photos.toml --flash")],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "folder 'photos': " in done.stdout
+    assert "board is ready for generic-x86-64" in done.stdout
+    assert (tmp_path / "board" / "agent.toml").exists()
+
+
+def write_photos(folder, *, per_class):
+    """Pictures of three kinds that a small model can tell apart: stripes across, stripes down, a disc."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:72, :96]
+    for name, wave in (("across", rows / 6), ("down", columns / 6), ("disc", np.hypot(rows - 36, columns - 48) / 12)):
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            shade = 127 + 90 * np.sin(wave + rng.uniform(0, 6))[..., None] * rng.uniform(0.6, 1, 3)
+            picture = shade + rng.normal(0, 12, (72, 96, 3))
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / name / f"{number}.jpg")
+
+
+@pytest.mark.slow
+def test_several_processes_run_a_recipe_as_the_readme_says(tmp_path):
+    (tmp_path / "my.toml").write_text(SEVERAL)
+    command = block_with("torchrun").splitlines()[0].replace("--nproc-per-node 4", "--standalone --nproc-per-node 2")
+    command = command.replace("fieldvit run", "fieldvit train")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for _ in range(2):  # the second time it is finished, and both processes know it
+        done = subprocess.run(
+            ["bash", "-e", "-c", command],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.split() == ["runs/several/train"]
+    assert "finished before" in done.stderr
+    left = sorted(path.name for path in (tmp_path / "runs/several/train").iterdir())
+    assert left == ["metrics.jsonl", "model.safetensors", "stamp.json"]
+
+
+SEVERAL = """
+name = "several"
+data = { source = "digits" }
+model = { family = "deit", variant = "field-32" }
+train = { epochs = 2, batch_size = 64, crop = "pad" }
+"""

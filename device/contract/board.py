@@ -30,17 +30,26 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """What it may run: formats (tflite, coreml), precisions in order of preference, delegate, largest tensor rank."""
+    """What it may run: formats (tflite, coreml), precisions in order of preference, delegate, largest tensor rank.
+
+    `minimum_ios` is the oldest iOS on the boards of this profile: it decides which forms of a Core ML package they take.
+    """
 
     formats: tuple[str, ...]
     precisions: tuple[str, ...]
     delegate: str
     max_tensor_rank: int
+    minimum_ios: int | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.formats) - {"tflite", "coreml"}
         if unknown or not self.formats:
             raise ConfigError(f"support.formats must name tflite or coreml, got {list(self.formats)}")
+        if ("coreml" in self.formats) != (self.minimum_ios is not None):
+            raise ConfigError(
+                f"support.minimum_ios goes with the format coreml: formats are {list(self.formats)}, minimum_ios is "
+                f"{self.minimum_ios}; set both or neither"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,7 +102,8 @@ def quickstart_recipe(*, seed: int, short: bool) -> Recipe:
     name = recipe.name if seed == recipe.seed else f"{recipe.name}-seed{seed}"
     if short:
         train = replace(recipe.train, epochs=SHORT_EPOCHS)
-        return replace(recipe, name=f"{name}-short", seed=seed, train=train)
+        teacher = recipe.teacher and replace(recipe.teacher, train=replace(recipe.teacher.train, epochs=SHORT_EPOCHS))
+        return replace(recipe, name=f"{name}-short", seed=seed, train=train, teacher=teacher)
     return replace(recipe, name=name, seed=seed)
 
 

@@ -1,7 +1,7 @@
 """Pictures of the report as inline SVG: samples, confusion matrices, latencies, the timeline of events."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -102,6 +102,26 @@ def latency_histogram(latencies_ms: dict[str, Sequence[float]]) -> str:
         return _svg(figure)
 
 
+def latency_ranges(names: Sequence[str], percentiles_ms: np.ndarray) -> str:
+    """Draw p50 as a dot with a line to p90 and a thinner one to p99, one row per name; float [N, 3], milliseconds."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 0.42 * max(len(names), 2) + 0.7))
+        axes = figure.add_subplot()
+        for row, (p50, p90, p99) in enumerate(percentiles_ms):
+            color = BLUE if row == 0 else AMBER
+            axes.plot([p50, p99], [row, row], color=color, linewidth=1.2, zorder=1)
+            axes.plot([p50, p90], [row, row], color=color, linewidth=4, solid_capstyle="butt", zorder=2)
+            axes.scatter([p50], [row], color=color, s=42, zorder=3)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("ms per query: p50 (dot), p90 (thick), p99 (thin)")
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+        figure.tight_layout()
+        return _svg(figure)
+
+
 def event_timeline(events: Sequence[tuple[float, str, str]]) -> str:
     """Draw events as (seconds since the first one, kind, short text)."""
     with matplotlib.rc_context(_STYLE):
@@ -120,6 +140,37 @@ def event_timeline(events: Sequence[tuple[float, str, str]]) -> str:
         axes.set_yticks([])
         axes.set_xlabel("seconds since the board's first event")
         axes.spines["left"].set_visible(False)
+        figure.tight_layout()
+        return _svg(figure)
+
+
+def error_along_depth(
+    errors: Mapping[str, Sequence[float | None]], departed: Mapping[str, tuple[int, str] | None]
+) -> str:
+    """Draw each artifact's relative error, tensor by tensor in the order of computation, on a logarithmic scale.
+
+    Args:
+        errors: by artifact; None where the reference has no such tensor.
+        departed: by artifact, the position and the name of the tensor that departs first, marked in red.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 2.2 * len(errors)))
+        for place, (artifact, values) in enumerate(errors.items(), 1):
+            axes = figure.add_subplot(len(errors), 1, place)
+            points = [
+                (position, max(value, 1e-9))
+                for position, value in enumerate(values)
+                if value is not None and np.isfinite(value)
+            ]
+            axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1, marker=".", markersize=3)
+            if found := departed[artifact]:
+                axes.axvline(found[0], color=RED, linewidth=1)
+                axes.text(found[0], 1.02, found[1], color=RED, fontsize=8, transform=axes.get_xaxis_transform())
+            axes.set_yscale("log")
+            axes.set_ylabel("error / largest")
+            axes.set_title(artifact, loc="right", fontsize=10, color=INK)
+            axes.grid(axis="y", color=GRID, linewidth=0.6)
+        axes.set_xlabel("tensors in the order of computation")
         figure.tight_layout()
         return _svg(figure)
 

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from host.cli import app, main
 from tests.support.bundles import write_plain_bundle
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 VERBS = sorted(command.callback.__name__ for command in app.registered_commands)
 
 
@@ -56,6 +59,19 @@ def test_a_model_is_drawn_from_image_to_logits(capsys):
     assert json.loads(out)["stages"][-1]["output"] == [1000]
 
 
+def test_models_say_which_fit_a_board(capsys):
+    code, out, _ = run(capsys, "models", "--board", "raspberry-pi-zero-2w", "--json")
+    models = {f"{model['family']}/{model['variant']}": model for model in json.loads(out)["models"]}
+    assert code == 0
+    assert models["nextvit/s"]["int8_bytes_estimate"] == 31_763_368
+    assert not models["nextvit/s"]["fits"]
+    assert models["nextvit/field-32"]["fits"]
+    assert models["mobilevit/s"]["fits"]
+    assert (models["nextvit/s"]["fits"], models["nextvit/s"]["over_budget"]) == (False, "int8")
+    code, out, _ = run(capsys, "models", "--board", "raspberry-pi-zero-2w")
+    assert out.startswith("raspberry-pi-zero-2w takes artifacts of up to 16.8 MB; estimated are 1 byte per parameter")
+
+
 def test_without_arguments_help_is_shown(capsys):
     code, out, _ = run(capsys)
     assert code == 0
@@ -70,11 +86,14 @@ def test_without_arguments_help_is_shown(capsys):
         (("models", "show", "nextvit_small"), "'nextvit_small' is no model name; write FAMILY/VARIANT"),
         (("models", "show", "NextViT/S"), "did you mean nextvit/s?"),
         (("models", "--json", "show", "nextvit/s"), "--json belongs behind the verb"),
+        (("models", "--board", "toaster"), "board 'toaster' is unknown"),
+        (("models", "--board", "imx8mp", "show", "nextvit/s"), "--board belongs to the list"),
         (("run", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("run", "latin.toml"), "latin.toml: cannot be read (it is not UTF-8)"),
         (("quickstart", "--seed", "-1"), "Invalid value for '--seed'"),
         (("train",), "Missing argument"),
         (("verify", "no.fieldvit"), "no.fieldvit: no such bundle"),
+        (("verify", "no.fieldvit", "--out", "here"), "--out here is where --layers draws; add --layers"),
         (("bench", "no.fieldvit"), "no.fieldvit: no such bundle"),
         (("export", "x.toml", "--fast"), "No such option"),
         (("monitor", "--broker", "rabbit"), "broker kind 'rabbit' is unknown"),
@@ -86,6 +105,21 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, message
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'name = "gr\xfcn"')
     assert message in one_line_error(capsys, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [("run", "nowhere.toml"), ("train", "typo.toml"), ("verify", "no.fieldvit")])
+def test_a_mistake_is_told_before_pytorch_is_imported(tmp_path, arguments):
+    (tmp_path / "typo.toml").write_text("nmae = 'x'")
+    script = (
+        "import sys; from host.cli import main; code = main(sys.argv[1:]); "
+        "print(code, {'torch', 'timm', 'sklearn'} & set(sys.modules))"
+    )
+    verb, path = arguments
+    command = [sys.executable, "-c", script, verb, str(tmp_path / path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code, loaded = done.stdout.split(maxsplit=1)
+    assert int(code) != 0
+    assert loaded.strip() == "set()", done.stderr
 
 
 def test_a_taken_port_is_named(capsys, tmp_path):

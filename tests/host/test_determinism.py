@@ -10,8 +10,9 @@ RECIPE = """
 name = "twice"
 data = { source = "digits" }
 model = { family = "efficientformer", variant = "field-32" }
-train = { epochs = 6 }
-distill = { teacher = "cnn" }
+train = { epochs = 6, augment_strength = 1.0, turned_share = 0.375 }
+distill = { teacher = "train" }
+teacher = { model = { family = "cnn", variant = "small" }, train = { epochs = 6, augment_strength = 1.0 } }
 quantize = { max_accuracy_drop = 0.2 }
 """
 FILES = (

@@ -54,3 +54,30 @@ def test_damaged_stamp_is_work(tmp_path):
     (tmp_path / "train" / STAMP).write_text("{")
     run_stage(make_stage(calls), tmp_path)
     assert len(calls) == 2
+
+
+def test_the_very_same_stage_finds_what_it_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(make_stage([], fail=True), tmp_path)
+    seen = []
+
+    def work(out):
+        seen.append((out / "result.txt").exists())
+        return {}
+
+    run_stage(Stage(name="train", inputs={"seed": 0}, work=work), tmp_path)
+    assert seen == [True]
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["result.txt", STAMP]
+
+
+def test_another_stage_does_not_go_on_from_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(make_stage([], fail=True), tmp_path)
+    seen = []
+
+    def work(out):
+        seen.append((out / "result.txt").exists())
+        return {}
+
+    run_stage(Stage(name="train", inputs={"seed": 1}, work=work), tmp_path)
+    assert seen == [False]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from device.contract.bundle import read_manifest
-from host.bundle_bench import bench_bundles
 from host.bundle_checks import verify_bundle
+from host.cli import main
 from host.errors import HostError
+from host.layer_table import draw_layers, layer_rows, layer_summary
 from host.quickstart.processes import find_device_python
 from tests.support.quickstart import NAME, run_quickstart_verb
 
@@ -85,32 +86,46 @@ def test_second_run_uses_the_finished_stages_and_repeats_the_bundle(short_run, b
 
 
 def test_bundle_verifies_against_pytorch_and_without_the_run(short_run, bundle, tmp_path):
-    report = verify_bundle(bundle, short_run[0].parent)
+    report = verify_bundle(bundle, short_run[0].parent, with_layers=True)
     report.require_passed()
+    assert [found.artifact for found in report.layers] == ["int8", "float32", "infer"]
+    assert not any(found.first_departed for found in report.layers)
     assert "PyTorch" in report.reference
     assert {check.artifact for check in report.checks} == {"int8", "float32", "infer", "coreml"}
+    drawing = draw_layers(report.layers, bundle, tmp_path)
+    assert drawing.read_text().startswith("<svg")
+    assert {row[0] for row in layer_rows(report.layers)} == {"int8", "float32", "infer"}
+    assert "float32: no tensor departs from PyTorch" in layer_summary(report)
     alone = verify_bundle(bundle, tmp_path)
     alone.require_passed()
+    assert any("float32: its tensors were compared with nothing" in line for line in layer_summary(alone))
     assert "own float32 file" in alone.reference
     assert [check.artifact for check in alone.checks if check.is_reference] == ["float32"]
 
 
-def test_bench_measures_every_artifact(bundle):
-    rows = bench_bundles([bundle], rounds=1)
-    assert [row.artifact for row in rows] == [artifact.precision for artifact in read_manifest(bundle).artifacts]
-    assert all(0 < row.p50_ms <= row.p90_ms <= row.p99_ms for row in rows)
-    assert all(row.peak_memory_bytes > row.artifact_bytes for row in rows)
+def test_bench_measures_every_artifact(capsys, bundle):
+    assert main(["bench", str(bundle), "--queries", "50", "--json"]) == 0
+    rows, manifest = json.loads(capsys.readouterr().out)["rows"], read_manifest(bundle)
+    assert [row["artifact"] for row in rows] == [artifact.precision for artifact in manifest.artifacts]
+    assert [row["accuracy"] for row in rows] == pytest.approx([artifact.accuracy for artifact in manifest.artifacts])
+    assert all(row["peak_memory_bytes"] > row["artifact_bytes"] for row in rows)
+    assert [row["partitions"] for row in rows] == [1, 1]
 
 
 def _recipe_text(bundle: Path) -> str:
     """The recipe in the bundle's provenance, as TOML."""
     table = read_manifest(bundle).provenance["recipe"]
-    return "\n".join(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None) + "\n"
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in _stated(table)) + "\n"
+
+
+def _stated(table: dict) -> list[tuple[str, object]]:
+    """Without what is None, which TOML cannot say."""
+    return [(key, value) for key, value in table.items() if value is not None]
 
 
 def _toml(value) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in _stated(value)) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value)

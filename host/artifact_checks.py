@@ -1,0 +1,103 @@
+"""What is wrong with one TFLite artifact: its answers, its features, its record of pre-processing, its operations.
+
+An artifact is refused for more than other answers: a wrong bias may change none of a few hundred, and a board meets more.
+So float32 features must be PyTorch's up to rounding, and each operation of a quantized file must be, up to its own
+rounding, what float32 makes of the same inputs (`converters.layers_tflite`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from converters import flatbuffer
+from converters.layers import LayerReport
+from converters.layers_tflite import compare_float, compare_quantized
+from converters.torch_trace import TracedTensor
+from device.contract.manifest import InputSpec
+from device.contract.records import to_table
+from host.data.inputs import to_input
+from host.stages.head import LinearHead
+from host.stages.proof import Proof, Reference, prove_infer, prove_tflite
+
+LAYER_IMAGES = 4
+"""Every tensor of a model is kept for each of them."""
+FLOAT, INFER = "float32", "infer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactCheck:
+    """One artifact's figures, what is wrong with it, and its tensors where they were compared."""
+
+    proof: Proof
+    problems: tuple[str, ...]
+    layers: LayerReport | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examiner:
+    """What artifacts are compared with.
+
+    Args:
+        reference: the float model's answers; its `spec` is the bundle's record of pre-processing.
+        spec: the input that the model was trained on.
+        float_path: the bundle's float32 file.
+        traced: PyTorch's tensors of `images()`; None compares no tensors of the float32 file.
+    """
+
+    reference: Reference
+    spec: InputSpec
+    float_path: Path
+    traced: Sequence[TracedTensor] | None = None
+
+    def check(self, path: Path, precision: str, head: LinearHead) -> ArtifactCheck:
+        """Compare one file; `head` is the one fitted to its features.
+
+        Raises:
+            ConversionError: the file cannot be read, or kills the process that interprets it.
+        """
+        proof = prove_infer(path, self.reference) if precision == INFER else prove_tflite(path, head, self.reference)
+        layers = self._layers(path, precision, head)
+        problems = [*proof.problems(precision), *self._record_problems(path)]
+        if layers and layers.first_departed:
+            problems.append(f"departs at {layers.first_departed.place} ({layers.first_departed.kind})")
+        return ArtifactCheck(proof=proof, problems=tuple(problems), layers=layers)
+
+    def images(self, spec: InputSpec | None = None) -> np.ndarray:
+        """The images whose tensors are compared, float32 [N, H, W, C], pre-processed as `spec` says, or as trained."""
+        images = self.reference.images.images
+        chosen = np.linspace(0, len(images) - 1, LAYER_IMAGES).astype(int)
+        return np.concatenate([to_input([images[int(index)]], spec or self.spec) for index in chosen])
+
+    def _layers(self, path: Path, precision: str, head: LinearHead) -> LayerReport | None:
+        seen = self.images(self._spec_of(path))
+        if precision != FLOAT:
+            return compare_quantized(
+                path, self.float_path, seen, artifact=precision, expected_images=self.images(), head=head.logits
+            )
+        return compare_float(path, self.traced, seen, artifact=precision) if self.traced else None
+
+    def _spec_of(self, path: Path) -> InputSpec:
+        """The record by which the artifact is fed: the bundle's, or the file's own where only that one is wrong."""
+        table = flatbuffer.read_metadata(path)
+        if self.reference.spec != self.spec or table is None or table == to_table(self.spec):
+            return self.reference.spec
+        return InputSpec(**table)
+
+    def _record_problems(self, path: Path) -> list[str]:
+        table, found = flatbuffer.read_metadata(path), []
+        if self.reference.spec != self.spec:
+            found.append(
+                f"the bundle pre-processes otherwise than training did: {_changes(self.reference.spec, self.spec)}"
+            )
+        if table is not None and table != to_table(self.spec):
+            found.append(
+                f"its metadata pre-process otherwise than training did: {_changes(InputSpec(**table), self.spec)}"
+            )
+        return found
+
+
+def _changes(spec: InputSpec, expected: InputSpec) -> str:
+    ours, theirs = to_table(spec), to_table(expected)
+    return ", ".join(f"{name} {ours[name]} in place of {theirs[name]}" for name in ours if ours[name] != theirs[name])
