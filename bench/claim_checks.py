@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.claim_findings import CHANGED, NOT_TESTABLE, Finding, judged
 from bench.latency_families import convert, interleaved, runner
 from bench.probes import make_images, randomize, relative_error, settle_norms
+from bench.specified import PARAMETERS_AND_MACS, WITHOUT_TEACHER_HEAD, macs_error_allowed
 from converters.quiet import quiet
 from host.models.deploy import replace_modules
 from host.models.efficientformer import MetaBlock1d, MetaBlock2d
@@ -27,43 +28,7 @@ from host.models.mobilevit import Attention, SeparableAttention, fold, unfold
 from host.models.ninformer import NiNformer
 from host.models.registry import find_model, list_models
 
-MACS_TOLERANCE = 0.01
-MACS_ROUNDING = {"mobileformer/26m": 5e5}
-"""Its specification gives whole millions, 24, which is more than 1 % away from its 23.55."""
-SPECIFIED: Mapping[str, tuple[int, float]] = {
-    "efficientformer/l1": (12_289_928, 1.291e9),
-    "efficientformer/l3": (31_406_000, 3.907e9),
-    "efficientformer/l7": (82_229_328, 10.119e9),
-    "efficientformerv2/s0": (3_600_256, 0.396e9),
-    "efficientformerv2/s1": (6_185_560, 0.652e9),
-    "efficientformerv2/s2": (12_710_112, 1.247e9),
-    "efficientformerv2/l": (26_322_288, 2.553e9),
-    "nextvit/s": (31_763_368, 5.794e9),
-    "nextvit/b": (44_818_856, 8.274e9),
-    "nextvit/l": (57_874_344, 10.753e9),
-    "ninformer/cifar10": (2_652_170, 218.9e6),
-    "mobilevit/xxs": (1_272_024, 407e6),
-    "mobilevit/xs": (2_317_848, 1_026e6),
-    "mobilevit/s": (5_578_632, 2_001e6),
-    "mobilevitv2/050": (1_370_593, 465e6),
-    "mobilevitv2/075": (2_866_009, 1_028e6),
-    "mobilevitv2/100": (4_901_841, 1_812e6),
-    "mobilevitv2/125": (7_478_089, 2_817e6),
-    "mobilevitv2/150": (10_594_753, 4_043e6),
-    "mobilevitv2/175": (14_251_833, 5_489e6),
-    "mobilevitv2/200": (18_449_329, 7_156e6),
-    "mobileformer/508m": (13_976_976, 499e6),
-    "mobileformer/294m": (11_422_648, 287e6),
-    "mobileformer/214m": (9_425_920, 208e6),
-    "mobileformer/151m": (7_595_828, 146e6),
-    "mobileformer/96m": (4_585_252, 92e6),
-    "mobileformer/52m": (3_469_092, 49e6),
-    "mobileformer/26m": (3_232_788, 24e6),
-}
-"""The specifications' parameters and MACs."""
-ONE_HEAD = {"l1": 11_840_928, "l3": 30_893_000, "l7": 81_460_328}
 MACS_384 = {"s": 17.216e9, "b": 24.586e9, "l": 31.957e9}
-NINFORMER_PARAMETERS = {"cifar10": 2_652_170, "cifar100": 2_675_300, "mnist": 2_582_478}
 
 
 def entry_of(name: str) -> ModelEntry:
@@ -85,13 +50,13 @@ def blocks_of(model: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
 def check_sizes(*families: str, others: Callable[[], Mapping[str, tuple[float, float]]] = dict) -> Finding:
     """Parameters to the last one, MACs within 1 % or the specification's rounding; `others`: (counted, expected)."""
     wrong, errors = [], {}
-    for name, (parameters, macs) in SPECIFIED.items():
+    for name, (parameters, macs) in PARAMETERS_AND_MACS.items():
         entry = entry_of(name)
         if entry.family in families:
             model = on_meta(name)
-            error = abs(count_macs(model, entry.image_size, entry.in_chans) - macs)
-            errors[name] = error / macs
-            if count_parameters(model) != parameters or error > MACS_ROUNDING.get(name, MACS_TOLERANCE * macs):
+            error = abs(count_macs(model, entry.image_size, entry.in_chans) / 1e6 - macs) if macs else 0.0
+            errors[name] = error / macs if macs else 0.0
+            if count_parameters(model) != parameters or (macs and error > macs_error_allowed(name, macs)):
                 wrong.append(name)
     extra = others()
     wrong += [name for name, (counted, expected) in extra.items() if counted != expected]
@@ -105,11 +70,8 @@ def check_sizes(*families: str, others: Callable[[], Mapping[str, tuple[float, f
 
 def one_head_sizes() -> dict[str, tuple[float, float]]:
     return {
-        f"{variant.upper()} with one head: {expected:,} parameters": (
-            count_parameters(on_meta(f"efficientformer/{variant}", distilled=False)),
-            expected,
-        )
-        for variant, expected in ONE_HEAD.items()
+        f"{name} with one head: {expected:,} parameters": (count_parameters(on_meta(name, distilled=False)), expected)
+        for name, expected in WITHOUT_TEACHER_HEAD.items()
     }
 
 
@@ -122,14 +84,11 @@ def sizes_at_384() -> dict[str, tuple[float, float]]:
 
 
 def ninformer_sizes() -> dict[str, tuple[float, float]]:
-    sizes = {
-        f"{variant}: {expected:,} parameters": (count_parameters(on_meta(f"ninformer/{variant}")), expected)
-        for variant, expected in NINFORMER_PARAMETERS.items()
-    }
+    shared, _ = PARAMETERS_AND_MACS["ninformer/cifar10"]
     with torch.device("meta"):
         separate = count_parameters(NiNformer(num_classes=10, in_chans=3, shared_norm=False))
-    growth = (separate - NINFORMER_PARAMETERS["cifar10"]) / 4
-    return sizes | {f"{growth:+.0f} parameters per block with separate norms": (growth, 512)}
+    growth = (separate - shared) / 4
+    return {f"{growth:+.0f} parameters per block with separate norms": (growth, 512)}
 
 
 # --- EfficientFormer --------------------------------------------------------------------------------------------------
