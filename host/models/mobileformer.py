@@ -1,9 +1,9 @@
 """Mobile-Former: a MobileNet and a transformer of 3 to 6 tokens side by side, with a bridge both ways in every block.
 
 Chen et al. 2022, arXiv:2108.05895. Where the paper is silent, layers, biases and block lists follow the public PyTorch
-implementation AAboys/MobileFormer. It is in no package, so the comparison was made once, by hand: all seven variants
-have its parameters and MACs exactly, and with the same randomized weights at 224 pixels its logits, to the rounding of
-float64. The tests keep some of its logits. The variants are in `mobileformer_variants`.
+implementation AAboys/MobileFormer. It is in no package; `bench.mobileformer_reference` runs a checkout of it: all seven
+variants have its parameters, and with the same weights its logits, to the rounding of float64. The tests keep some of its
+logits. The variants are in `mobileformer_variants`.
 
 As in that implementation:
 - Keys and values of the bridges are the feature map itself, without projections; those of the Former are the tokens.

@@ -28,7 +28,7 @@ from host.models.mobileformer_variants import ENTRIES, field_32, published
 from tests.support.models import ranks_and_operations
 
 # What AAboys/MobileFormer (commit f4473106, torch 2.13, float64) answers to `make_images(1, 64)` with four classes and
-# the weights of `randomize`, given its names. The program that renames needs that repository, so it is not here.
+# the weights of `randomize`; from bench/results/mobileformer_reference.json, whose program needs that repository.
 PUBLIC_LOGITS = {
     "96m": [1.455224781, 1.183099044, -0.264634901, -1.637714928],
     "52m": [-2.113866882, 0.487437466, 0.373284835, 2.220908933],
