@@ -18,11 +18,12 @@ import torch
 from bench.record import write_results
 from device.engine import Engine
 from device.preprocess import preprocess
+from host.quantize.spec import FLOAT, INT8
 from host.quickstart.run import quickstart_recipe
 from host.stages.data import input_spec, load_model, load_split
 from host.stages.head import LinearHead, fit_head
 from host.stages.order import run_recipe
-from host.stages.quantize import FLOAT, INT8, artifact_path
+from host.stages.quantize import artifact_path
 from host.stages.train import WEIGHTS
 from host.terminal import StageLines
 

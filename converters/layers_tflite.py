@@ -6,7 +6,8 @@ tensor has departed when it has none and this shows in the output: some way from
 
 Quantized: errors of whole steps are normal and add up, so each operation is repeated in float32 on the very inputs that
 it had. Then only its own rounding is left, its weights' and its result's, and a wrong weight, scale or bias shows where it
-is. Int8 weights are compared with the float32 file's besides: a single wrong one drowns in the rounding of the others.
+is. Int8 and float16 weights are compared with the float32 file's besides: a single wrong one drowns in the rounding of
+the others.
 """
 
 import re
@@ -33,6 +34,10 @@ to 0.9 of its range, and answers as float32 does."""
 WEIGHT_LIMIT = 0.51
 """Steps by which a symmetric int8 weight may differ from the float32 file's, clipped to its range: half a step is rounding
 to the nearest, as our quantizer does. One that learns how to round needs a whole step."""
+HALF_LIMIT = 4e-3
+"""What an operation with float16 weights may be off by, as a share of its largest result: measured 7e-4 at most."""
+_HALF_ROUNDING = 2.0**-11 * 1.001
+_SMALLEST_HALF = 2.0**-24
 _WEIGHT_CODE = 127
 Head = Callable[[np.ndarray], np.ndarray]
 _QUANTIZER_SUFFIX = re.compile(r"(_quantized|_dequant|_requantized)+$")
@@ -115,7 +120,7 @@ def compare_quantized(
                 error=None if base is None else difference(values, base),
                 cosine_distance=None if base is None else cosine_distance(values, base),
                 own=max(
-                    0.0 if expected is None else _own_error(values, expected, _bounds(run, operation, index)),
+                    0.0 if expected is None else _own_error(run, operation, index, expected),
                     0.0 if number is None else _weight_error(run, operation, reference, reference.operations[number]),
                 ),
             )
@@ -226,9 +231,14 @@ def _bounds(run: BackboneRun, operation: Operation, index: int) -> tuple[float, 
 
 
 def _weight_error(run: BackboneRun, operation: Operation, reference: BackboneRun, original: Operation) -> float:
-    """How far an operation's int8 constants are from the float32 file's, as a multiple of what rounding allows."""
+    """How far an operation's int8 or float16 constants are from the float32 file's, as a multiple of what rounding allows."""
     worst = 0.0
     for index, twin in zip(operation.inputs, original.inputs, strict=False):
+        if index in run.halves and twin in reference.weights:
+            widened, expected = run.values[index][0], reference.weights[twin]
+            distance = np.abs(widened - expected.reshape(widened.shape))
+            allowed = _HALF_ROUNDING * np.abs(expected.reshape(widened.shape)) + _SMALLEST_HALF
+            worst = max(worst, float((distance / allowed).max()))
         if index in run.weight_steps and twin in reference.weights:
             steps = np.where(run.weight_steps[index] > 0, run.weight_steps[index], 1.0)
             codes = run.weights[index] / steps
@@ -238,10 +248,11 @@ def _weight_error(run: BackboneRun, operation: Operation, reference: BackboneRun
     return worst
 
 
-def _own_error(values: np.ndarray, expected: np.ndarray, bounds: tuple[float, float] | None) -> float:
+def _own_error(run: BackboneRun, operation: Operation, index: int, expected: np.ndarray) -> float:
     """How far an operation's result is from float32's, as a multiple of what its precision allows."""
+    values, bounds = run.values[index], _bounds(run, operation, index)
     if bounds is None:
-        return difference(values, expected) / FLOAT_LIMIT
+        return difference(values, expected) / (HALF_LIMIT if run.halves.intersection(operation.inputs) else FLOAT_LIMIT)
     low, high = bounds
     spread = max(float(expected.max()), 0.0) - min(float(expected.min()), 0.0)
     step = min(high - low, 2 * spread) / 255  # a range much too wide must not excuse its own coarseness

@@ -1,4 +1,4 @@
-"""PyTorch to TFLite through litert-torch, and to int8 through ai-edge-quantizer.
+"""PyTorch to TFLite through litert-torch, and to int8 or float16 through ai-edge-quantizer.
 
 One file holds three signatures: `features` (the backbone, once: every signature that holds it would cost its own packed
 copy of the weights), `infer_f` and `train_f` (the head, float32, stateless). A LiteRT app on any platform can classify
@@ -152,6 +152,12 @@ def quantize_dynamic(float_path: Path, path: Path) -> Path:
     return _quantize(float_path, path, [(".*", operation, "dynamic") for operation in ("CONV_2D", "FULLY_CONNECTED")])
 
 
+def halve_weights(float_path: Path, path: Path) -> Path:
+    """Store the backbone's weights as float16; LiteRT widens them when it loads the file, and computes in float32."""
+    operations = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+    return _quantize(float_path, path, [(".*", operation, "float16") for operation in operations])
+
+
 def bake_head(
     path: Path,
     weight: np.ndarray,
@@ -205,9 +211,21 @@ def _recipe(rules: Sequence[Rule]) -> Any:
             manager.add_static_config(scope, operation, 8, 8)
         elif mode == "dynamic":
             manager.add_dynamic_config(scope, operation, 8)
+        elif mode == "float16":
+            manager.add_quantization_config(scope, operation, _half_weights(), algorithm_key="float_casting")
         else:
             manager.add_quantization_config(scope, operation, algorithm_key="no_quantize")
     return manager
+
+
+def _half_weights() -> Any:
+    from ai_edge_quantizer import qtyping
+
+    return qtyping.OpQuantizationConfig(
+        weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
+        compute_precision=qtyping.ComputePrecision.FLOAT,
+        explicit_dequantize=True,
+    )
 
 
 def _input_shape(path: Path) -> tuple[int, ...]:

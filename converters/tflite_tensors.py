@@ -38,6 +38,7 @@ class BackboneRun:
         values: float32 [N, ...] of each tensor that depends on the image, dequantized.
         weights: float32 constants that operations use, and int8 ones dequantized.
         weight_steps: size of a quantization step of each symmetric int8 constant, in a shape that broadcasts to it.
+        halves: tensors that are float16 constants, widened; among `values` and the same for every image.
     """
 
     operations: tuple[Operation, ...]
@@ -46,6 +47,7 @@ class BackboneRun:
     values: dict[int, np.ndarray]
     weights: dict[int, np.ndarray]
     weight_steps: dict[int, np.ndarray]
+    halves: frozenset[int]
 
 
 def open_backbone(path: Path) -> Callable[[np.ndarray], BackboneRun]:
@@ -57,6 +59,11 @@ def open_backbone(path: Path) -> Callable[[np.ndarray], BackboneRun]:
     moving = [*map(int, graph.inputs), *(index for operation in operations for index in operation.outputs)]
     details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     fixed = {index for operation in operations for index in operation.inputs if index >= 0} - set(moving)
+    halves = frozenset(
+        operation.outputs[0]
+        for operation in operations
+        if operation.kind == "DEQUANTIZE" and details[operation.inputs[0]]["dtype"] == np.float16
+    )
     fixed = {index for index in fixed if details[index]["dtype"] in (np.float32, np.int8)}
     steps = {index: _steps(details[index]) for index in fixed if _is_symmetric(details[index])}
 
@@ -74,6 +81,7 @@ def open_backbone(path: Path) -> Callable[[np.ndarray], BackboneRun]:
             values={index: np.stack(values) for index, values in kept.items()},
             weights={index: _dequantized(interpreter.get_tensor(index), details[index]) for index in fixed},
             weight_steps=steps,
+            halves=halves,
         )
 
     return run

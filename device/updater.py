@@ -42,6 +42,9 @@ BUNDLE_PER_ARTIFACT = 4
 BUNDLE_EXTRA_BYTES = 64 << 20
 """A bundle may have so many times the board's `artifact_bytes`, and so much beside: it is read into memory to be checked."""
 
+SAME_SPEED = 1.05
+"""Latencies closer than this do not decide among candidates: the board profile's order does."""
+
 
 class _PerhapsBusyError(UpdateRefusedError):
     """What a busy board may have caused: worth a second test."""
@@ -144,7 +147,7 @@ class Updater:
                 raise UpdateRefusedError(
                     "damaged", f"{manifest.name}: manifest says release {manifest.release}, the channel {release}"
                 )
-            test = self._first_that_passes(slot, self._candidates(manifest))
+            test = self._fastest_that_passes(slot, self._candidates(manifest))
         except UpdateRefusedError as error:
             self._slots.reject(entry.slot, error.reason, str(error))
             raise
@@ -158,15 +161,17 @@ class Updater:
         )
         return Staged(slot=entry.slot, manifest=manifest, test=test)
 
-    def _first_that_passes(self, slot: Path, artifacts: list[Artifact]) -> SelfTest:
-        refusals = []
+    def _fastest_that_passes(self, slot: Path, artifacts: list[Artifact]) -> SelfTest:
+        passed, refusals = [], []
         for artifact in artifacts:
             try:
-                return self._try(slot, artifact)
+                passed.append(self._try(slot, artifact))
             except UpdateRefusedError as error:
                 log.warning("candidate refused: %s", error)
                 refusals.append(error)
-        raise UpdateRefusedError(refusals[-1].reason, "; ".join(str(error) for error in refusals))
+        if not passed:
+            raise UpdateRefusedError(refusals[-1].reason, "; ".join(str(error) for error in refusals))
+        return fastest(passed)
 
     def _try(self, slot: Path, artifact: Artifact) -> SelfTest:
         self._require_size(artifact, (slot / artifact.path).stat().st_size)
@@ -212,6 +217,12 @@ class Updater:
 
     def _candidates(self, manifest: Manifest) -> list[Artifact]:
         return candidates(manifest, self._board, self._config.precision)
+
+
+def fastest(tests: list[SelfTest]) -> SelfTest:
+    """The test with the lowest latency; of those that are as fast within `SAME_SPEED`, the first."""
+    limit = SAME_SPEED * min(test.latency_p50_ms for test in tests)
+    return next(test for test in tests if test.latency_p50_ms <= limit)
 
 
 def candidates(manifest: Manifest, board: Board, precision: str) -> list[Artifact]:

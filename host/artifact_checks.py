@@ -18,12 +18,13 @@ from converters.torch_trace import TracedTensor
 from device.contract.manifest import InputSpec
 from device.contract.records import to_table
 from host.data.inputs import to_input
+from host.quantize.spec import FLOAT
 from host.stages.head import LinearHead
 from host.stages.proof import Proof, Reference, prove_infer, prove_tflite
 
 LAYER_IMAGES = 4
 """Every tensor of a model is kept for each of them."""
-FLOAT, INFER = "float32", "infer"
+INFER = "infer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,14 +21,14 @@ from device.contract.errors import ArtifactError
 from device.contract.manifest import Artifact, Manifest
 from device.contract.records import from_table
 from device.preprocess import preprocess
-from host.artifact_checks import FLOAT, INFER, ArtifactCheck, Examiner
+from host.artifact_checks import INFER, ArtifactCheck, Examiner
 from host.files import sha256_of
+from host.quantize.spec import FLOAT
 from host.recipe import Recipe
 from host.stages.data import base_test_images, input_spec, load_model, load_split
 from host.stages.features import over_images, torch_features
 from host.stages.head import LinearHead, load_head
 from host.stages.proof import INFER_PATH, MIN_AGREEMENT, Proof, Reference, prove_coreml
-from host.stages.quantize import INT8
 
 CHECK_COLUMNS = (
     "artifact",
@@ -103,10 +103,11 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
         examiner = _examiner(recipe, manifest, directory, model)
         if with_layers and model is not None:
             examiner = replace(examiner, traced=trace(model.deploy(), examiner.images()))
-        heads = {name: _head(directory, name, manifest) for name in (FLOAT, INT8)}
+        heads = {artifact.precision: _head(directory, artifact.precision, manifest) for artifact in manifest.artifacts}
+        heads[INFER] = heads[manifest.artifacts[0].precision]  # what it was made from
         files = {artifact.precision: directory / artifact.path for artifact in manifest.artifacts}
         found = {
-            name: examiner.check(path, name, heads[INT8 if name == INFER else name])
+            name: examiner.check(path, name, heads[name])
             for name, path in {**files, INFER: directory / INFER_PATH}.items()
         }
         checks = [_check(name, check, manifest, recipe, directory) for name, check in found.items()]

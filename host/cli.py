@@ -156,7 +156,7 @@ def verify(
     report = verify_bundle(bundle, runs, with_layers=layers)
     if not as_json:
         print(f"{report.images} test images, against {report.reference}")
-        print("cosine and difference: features of int8 and float32, logits of infer (int8) and coreml (float16)")
+        print("cosine and difference: features of the TFLite files, logits of infer and coreml")
     record = {key: value for key, value in asdict(report).items() if key != "layers"}
     drawing = draw_layers(report.layers, bundle, out or bundle.parent) if layers else None
     if drawing:

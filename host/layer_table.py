@@ -7,8 +7,8 @@ from typing import Any
 
 from converters.layers import Layer, LayerReport
 from device.contract.files import write_atomic
-from host.artifact_checks import FLOAT
 from host.bundle_checks import VerifyReport
+from host.quantize.spec import FLOAT
 
 LAYER_COLUMNS = ("artifact", "error", "1 - cosine", "own / allowed", "operation", "module")
 WORST = 5

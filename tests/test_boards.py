@@ -8,6 +8,7 @@ import pytest
 
 from device.contract.board import board_names, load_board, parse_board
 from device.contract.errors import ConfigError
+from host.quantize.spec import PRECISIONS
 
 PROFILES = Path(__file__).parents[1] / "firmware_configs"
 PROMISED = {
@@ -80,7 +81,7 @@ def test_a_week_without_network_fits_the_spool_where_the_source_says_so(board):
 
 def test_support_uses_known_words(board):
     support = board.support
-    assert set(support.precisions) <= {"int8", "float32"}
+    assert set(support.precisions) <= set(PRECISIONS)
     assert support.delegate in {"xnnpack", "coreml"}
     assert support.max_tensor_rank == 5
     assert board.hardware.arch in {"aarch64", "x86_64", "arm64"}
@@ -93,7 +94,7 @@ def test_desktop_profile_leaves_room_for_the_quickstart():
     assert board.budget.artifact_bytes == 64 * 2**20
     assert board.budget.latency_ms == 200
     assert board.budget.peak_memory_mb == 512
-    assert board.support.precisions == ("int8", "float32")
+    assert board.support.precisions == PRECISIONS
     assert board.runtime.telemetry_interval_s == 2
     assert (board.runtime.soak_frames, board.runtime.soak_s) == (50, 5)
 

@@ -30,7 +30,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """What it may run: formats (tflite, coreml), precisions in order of preference, delegate, largest tensor rank.
+    """What it may run: formats (tflite, coreml), precisions in order of preference among those that are as fast, delegate, largest tensor rank.
 
     `minimum_ios` is the oldest iOS on the boards of this profile: it decides which forms of a Core ML package they take.
     """

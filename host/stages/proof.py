@@ -19,11 +19,11 @@ from host.data.splits import LabeledImages
 from host.stages.features import ArrayOf, coreml_logits, over_images
 from host.stages.head import LinearHead
 
-MIN_AGREEMENT = {"float32": 0.999, "coreml": 0.995, "int8": 0.9, "infer": 0.9}
+MIN_AGREEMENT = {"float32": 0.999, "float16": 0.995, "coreml": 0.995, "dynamic": 0.9, "int8": 0.9, "infer": 0.9}
 """Least share of the same answers as the float model; of thousands of images one or two lie on a border, and so may one
-of a few. int8 is held to its accuracy as well; below 0.9 it has collapsed."""
+of a few. What rounds activations is held to its accuracy as well; below 0.9 it has collapsed."""
 
-MIN_COSINE = {"float32": 0.9999}
+MIN_COSINE = {"float32": 0.9999, "float16": 0.9999}
 MAX_DIFFERENCE = {"float32": 2e-4}
 """Largest difference of a feature, as a share of the largest feature: measured 3e-5 at most on any family, while a
 wrong weight that no answer shows yet is above."""

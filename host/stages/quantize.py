@@ -1,4 +1,4 @@
-"""The quantize stage: TFLite float32 and int8, and the proof that int8 kept its accuracy.
+"""The quantize stage: TFLite in the recipe's precisions, and the proof that each kept its accuracy.
 
 Calibrated on unlabelled training images, judged on the validation images, in LiteRT. The test images are not touched.
 """
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from converters.gates import assert_builtin_ops, check_train_signature
 from converters.runners import open_features
-from converters.tflite import convert_float, quantize_static
+from converters.tflite import convert_float, halve_weights, quantize_dynamic, quantize_static
 from device.contract.records import to_table
 from host.data.inputs import to_input
 from host.errors import TrainingError
 from host.pipeline import Report
+from host.quantize.spec import DYNAMIC, FLOAT, HALF, INT8
 from host.recipe import Recipe
 from host.stages.data import input_spec, load_model, load_split, model_entry
 from host.stages.features import ArrayOf, over_images, torch_features
 from host.stages.head import fit_head
 from host.stages.train import WEIGHTS
-
-FLOAT, INT8 = "float32", "int8"
 
 
 def artifact_path(precision: str) -> str:
@@ -31,40 +31,66 @@ def artifact_path(precision: str) -> str:
 
 
 def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[str, Any]:
-    """Convert and quantize the trained model of `run` into `out`.
+    """Convert and quantize the trained model of `run` into `out`; `precisions` of the result are those that may ship.
 
     Raises:
-        TrainingError: int8 loses more validation accuracy than `quantize.max_accuracy_drop`.
+        TrainingError: no quantized artifact keeps the validation accuracy within `quantize.max_accuracy_drop`.
     """
-    split, spec = load_split(recipe), input_spec(recipe)
     model = load_model(recipe, run / "train" / WEIGHTS)
-    float_path, int8_path = out / artifact_path(FLOAT), out / artifact_path(INT8)
-    report("quantize", 0, 3, "TFLite float32")
-    shape = (1, spec.height, spec.width, spec.channels)
-    convert_float(model.deploy(), shape, recipe.continual.max_classes, float_path, input_spec=to_table(spec))
-    report("quantize", 1, 3, "TFLite int8")
-    chosen = np.random.default_rng(recipe.seed).permutation(len(split.train))[: recipe.quantize.calibration_images]
-    frames = to_input([split.train.images[int(index)] for index in chosen], spec)
-    quantize_static(float_path, frames, int8_path, float_scopes=model_entry(recipe.model).float_scopes)
-    report("quantize", 2, 3, "accuracy in LiteRT")
-    for path in (float_path, int8_path):
+    precisions = recipe.quantize.precisions
+    for step, precision in enumerate(sorted(precisions, key=lambda name: name != FLOAT)):  # the others are made from it
+        report("quantize", step, len(precisions) + 1, f"TFLite {precision}")
+        _write(precision, recipe, model, out)
+    report("quantize", len(precisions), len(precisions) + 1, "accuracy in LiteRT")
+    accuracies = {"torch": _validation_accuracy(recipe, torch_features(model))}
+    for precision in precisions:
+        path = out / artifact_path(precision)
         assert_builtin_ops(path)
         check_train_signature(path)
-    metrics = {
-        "validation_accuracy_torch": _validation_accuracy(recipe, torch_features(model)),
-        "validation_accuracy_float32": _validation_accuracy(recipe, open_features(float_path)),
-        "validation_accuracy_int8": _validation_accuracy(recipe, open_features(int8_path)),
+        accuracies[precision] = _validation_accuracy(recipe, open_features(path))
+    kept = _within_budget(recipe, accuracies)
+    for precision in set(precisions) - set(kept):
+        (out / artifact_path(precision)).unlink()
+    figures = ", ".join(f"{name} {accuracies[name]:.2%}" for name in kept)
+    report("quantize", len(precisions) + 1, len(precisions) + 1, f"{figures} of validation images right")
+    return {
+        "precisions": kept,
+        "left_out": [name for name in precisions if name not in kept],
+        **{f"validation_accuracy_{name}": accuracy for name, accuracy in accuracies.items()},
     }
-    drop = metrics["validation_accuracy_torch"] - metrics["validation_accuracy_int8"]
-    if drop > recipe.quantize.max_accuracy_drop:
+
+
+def _write(precision: str, recipe: Recipe, model: nn.Module, out: Path) -> None:
+    spec = input_spec(recipe)
+    float_path, path = out / artifact_path(FLOAT), out / artifact_path(precision)
+    if precision == FLOAT:
+        shape = (1, spec.height, spec.width, spec.channels)
+        convert_float(model.deploy(), shape, recipe.continual.max_classes, path, input_spec=to_table(spec))
+    elif precision == INT8:
+        scopes = model_entry(recipe.model).float_scopes
+        quantize_static(float_path, _calibration_frames(recipe), path, float_scopes=scopes)
+    else:
+        {DYNAMIC: quantize_dynamic, HALF: halve_weights}[precision](float_path, path)
+
+
+def _calibration_frames(recipe: Recipe) -> np.ndarray:
+    images = load_split(recipe).train.images
+    chosen = np.random.default_rng(recipe.seed).permutation(len(images))[: recipe.quantize.calibration_images]
+    return to_input([images[int(index)] for index in chosen], input_spec(recipe))
+
+
+def _within_budget(recipe: Recipe, accuracies: Mapping[str, float]) -> list[str]:
+    """The precisions that keep their accuracy, in the recipe's order."""
+    spec = recipe.quantize
+    kept = [name for name in spec.precisions if accuracies["torch"] - accuracies[name] <= spec.max_accuracy_drop]
+    lost = [name for name in spec.precisions if name not in kept]
+    if FLOAT in lost or (lost and not {INT8, DYNAMIC} & set(kept)):
+        figures = ", ".join(f"{name} answers {accuracies[name]:.2%}" for name in lost)
         raise TrainingError(
-            f"int8 answers {metrics['validation_accuracy_int8']:.2%} of the validation images right, float32 "
-            f"{metrics['validation_accuracy_torch']:.2%}; {recipe.quantize.max_accuracy_drop:.4f} less is allowed: train "
-            "for more epochs, or raise quantize.calibration_images or quantize.max_accuracy_drop"
+            f"{figures} of the validation images right, PyTorch {accuracies['torch']:.2%}; {spec.max_accuracy_drop:.4f} less "
+            "is allowed: train for more epochs, or raise quantize.calibration_images or quantize.max_accuracy_drop"
         )
-    figures = "int8 {validation_accuracy_int8:.2%}, float32 {validation_accuracy_torch:.2%}".format(**metrics)
-    report("quantize", 3, 3, f"{figures} of validation images right")
-    return metrics
+    return kept
 
 
 def _validation_accuracy(recipe: Recipe, features_of: ArrayOf) -> float:

@@ -44,11 +44,12 @@ def reference(model: nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def artifacts(model: nn.Module, images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """TFLite files by precision: float32, static, dynamic."""
+    """TFLite files by precision: float32, float16, static, dynamic."""
     directory = tmp_path_factory.mktemp("tflite")
     float32 = tflite.convert_float(model, INPUT_SHAPE, MAX_CLASSES, directory / "float32.tflite", input_spec=INPUT_SPEC)
     return {
         "float32": float32,
+        "float16": tflite.halve_weights(float32, directory / "float16.tflite"),
         "static": tflite.quantize_static(float32, images[:32], directory / "static.tflite"),
         "dynamic": tflite.quantize_dynamic(float32, directory / "dynamic.tflite"),
     }

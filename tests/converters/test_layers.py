@@ -70,6 +70,26 @@ def test_the_broken_int8_layer_is_named(artifacts, images, tmp_path, mutation):
     assert is_same_place(report.first_departed.name, where)
 
 
+def test_sound_half_weights_do_not_depart_and_a_wrong_one_does(artifacts, images, tmp_path):
+    def compare(path: Path) -> LayerReport:
+        return compare_quantized(path, artifacts["float32"], images[:4], artifact="float16", expected_images=images[:4])
+
+    report = compare(artifacts["float16"])
+    assert report.first_departed is None
+    assert 1e-5 < max(layer.error or 0 for layer in report.layers) < 4e-3
+    copy = flatbuffer.read_model(artifacts["float16"])
+    graph = flatbuffer.backbone(copy)
+    widened = [op for op in graph.operators if flatbuffer.operator_name(copy, op) == "DEQUANTIZE"][3]
+    buffer = copy.buffers[graph.tensors[int(widened.inputs[0])].buffer]
+    weights = np.frombuffer(bytes(buffer.data), np.float16).copy()
+    weights[np.abs(weights).argmax()] *= np.float16(0.99)
+    buffer.data = np.frombuffer(weights.tobytes(), np.uint8)
+    flatbuffer.write_model(copy, tmp_path / "broken.tflite")
+    reader = next(op for op in graph.operators if int(widened.outputs[0]) in map(int, op.inputs))
+    where = graph.tensors[int(reader.outputs[0])].name.decode()
+    assert is_same_place(compare(tmp_path / "broken.tflite").first_departed.name, where)
+
+
 def test_wrongly_processed_images_depart_at_the_input(artifacts, traced, images):
     report = compare_float(artifacts["float32"], traced, images[:4] * 1.1, artifact="float32")
     assert report.first_departed.place == "input"

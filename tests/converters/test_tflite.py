@@ -18,7 +18,7 @@ from converters.prepare import DeployFeatures, feature_dim
 from device.engine import Engine
 from tests.converters.tiny import INPUT_SHAPE, INPUT_SPEC, LABELS, MAX_CLASSES, TinyHybrid, make_images
 
-PRECISIONS = ("float32", "static", "dynamic")
+PRECISIONS = ("float32", "float16", "static", "dynamic")
 
 
 def features_of(path: Path, images: np.ndarray) -> np.ndarray:
@@ -48,13 +48,19 @@ def test_features_go_in_and_out_as_float32(artifacts, precision):
 
 # float32: rounding of another summation order. dynamic: 8-bit weights only. static: 8-bit activations through 9 layers
 # of random weights, which amplify; a wrong scale or a lost bias gives less than .9.
-@pytest.mark.parametrize(("precision", "min_cosine"), [("float32", 0.999999), ("dynamic", 0.999), ("static", 0.99)])
+COSINES = [("float32", 0.999999), ("float16", 0.99999), ("dynamic", 0.999), ("static", 0.99)]
+
+
+@pytest.mark.parametrize(("precision", "min_cosine"), COSINES)
 def test_features_match_torch(artifacts, images, reference, precision, min_cosine):
     parity = compare(reference["features"], features_of(artifacts[precision], images))
     assert parity.min_cosine > min_cosine
 
 
-@pytest.mark.parametrize(("precision", "min_agreement"), [("float32", 1.0), ("dynamic", 0.95), ("static", 0.9)])
+AGREEMENTS = [("float32", 1.0), ("float16", 1.0), ("dynamic", 0.95), ("static", 0.9)]
+
+
+@pytest.mark.parametrize(("precision", "min_agreement"), AGREEMENTS)
 def test_logits_match_torch(artifacts, model, images, reference, precision, min_agreement):
     weight, bias = head_of(model)
     parity = compare(reference["logits"], features_of(artifacts[precision], images) @ weight + bias)
@@ -71,6 +77,14 @@ def test_quantized_weights_take_about_a_quarter(artifacts, precision):
     overhead = 80_000
     assert artifacts[precision].stat().st_size < artifacts["float32"].stat().st_size / 4 + overhead
     assert flatbuffer.tensor_types(artifacts[precision])["features"]["INT8"] > 5
+
+
+def test_half_weights_take_about_a_half_and_are_the_only_change(artifacts):
+    saved = artifacts["float32"].stat().st_size - artifacts["float16"].stat().st_size
+    types = {name: flatbuffer.tensor_types(artifacts[name])["features"] for name in ("float32", "float16")}
+    assert saved > 0.45 * 4 * 38_000 - 20_000  # names of the widened tensors
+    assert types["float16"]["FLOAT16"] == flatbuffer.operators(artifacts["float16"])["features"]["DEQUANTIZE"] > 5
+    assert types["float32"].keys() == {"FLOAT32", "INT32"} & types["float32"].keys()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -132,6 +132,7 @@ def write_artifacts(directory: Path) -> None:
     model = make_model()
     float32 = tflite.convert_float(model, INPUT_SHAPE, MAX_CLASSES, directory / "float32.tflite", input_spec=INPUT_SPEC)
     tflite.quantize_static(float32, make_images(48)[:32], directory / "static.tflite")
+    tflite.halve_weights(float32, directory / "float16.tflite")
     tflite.quantize_dynamic(float32, directory / "dynamic.tflite")
     package = directory / "model.mlpackage"
     coreml.convert(model, INPUT_SHAPE, package, input_spec_metadata=INPUT_SPEC, labels=LABELS)

@@ -71,20 +71,28 @@ def reason_of(field: Field, work: Updater, **keywords: bool) -> str:
 def test_a_real_child_process_passes_the_tiny_model(field: Field):
     work, slots = updater(field, run_selftest=None)
     staged = work.stage(field.directory / "repo")
-    assert (staged.slot, staged.test.precision) == ("a", "int8")
+    assert (staged.slot, staged.test.precision) in {("a", "int8"), ("a", "float32")}  # whichever is faster here
     assert staged.test.golden_difference < 1e-4
     assert 10 < staged.test.peak_memory_mb < 300
     assert slots.state("a").state == "staged"
     assert not list((field.root / "downloads").iterdir())
 
 
-def test_the_first_candidate_that_passes_is_taken(field: Field):
+def test_a_candidate_that_fails_is_passed_over(field: Field):
     def int8_fails(_slot: Path, precision: str) -> SelfTest:
         if precision == "int8":
             raise ArtifactError("int8: collapsed")
         return passing(_slot, precision)
 
     work, _ = updater(field, int8_fails)
+    assert work.stage(field.directory / "repo").test.precision == "float32"
+
+
+def test_the_fastest_that_passes_is_taken(field: Field):
+    speeds = {"int8": 1.2, "float32": 1.0}
+    work, _ = updater(
+        field, lambda _, precision: replace(PASSED, precision=precision, latency_p50_ms=speeds[precision])
+    )
     assert work.stage(field.directory / "repo").test.precision == "float32"
 
 
