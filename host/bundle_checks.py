@@ -28,7 +28,7 @@ from host.recipe import Recipe
 from host.stages.data import base_test_images, input_spec, load_model, load_split
 from host.stages.features import over_images, torch_features
 from host.stages.head import LinearHead, load_head
-from host.stages.proof import INFER_PATH, MIN_AGREEMENT, Proof, Reference, prove_coreml
+from host.stages.proof import INFER_PATH, Proof, Reference, coreml_name, min_agreement, prove_coreml
 
 CHECK_COLUMNS = (
     "artifact",
@@ -58,7 +58,7 @@ class Check:
             self.artifact,
             *figures,
             f"{proof.max_abs_difference:.2e}",
-            f"agreement {MIN_AGREEMENT[self.artifact]:.1%}",
+            f"agreement {min_agreement(self.artifact):.1%}",
             "; ".join(self.problems) or ("the reference itself" if self.is_reference else "passed"),
         )
 
@@ -115,7 +115,8 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
             checks = [replace(check, is_reference=check.artifact == FLOAT) for check in checks]
         if manifest.coreml:
             proof = prove_coreml(directory / manifest.coreml.path, examiner.reference)
-            checks.append(Check(artifact="coreml", proof=proof, problems=proof.problems("coreml")))
+            name = coreml_name(manifest.coreml.form)
+            checks.append(Check(artifact=name, proof=proof, problems=proof.problems(name)))
         return VerifyReport(
             bundle=bundle.name,
             reference=OWN_FLOAT if model is None else f"the PyTorch model {_weights(recipe, runs)}",

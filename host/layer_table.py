@@ -64,4 +64,4 @@ def _name(layer: Layer | None) -> str | None:
 
 
 def _has_coreml(report: VerifyReport) -> bool:
-    return any(check.artifact == "coreml" for check in report.checks)
+    return any(check.artifact.startswith("coreml") for check in report.checks)

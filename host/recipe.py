@@ -20,7 +20,7 @@ from host.data.spec import DataSpec
 from host.distill.spec import FROM_RECIPE, DistillSpec
 from host.errors import RecipeError
 from host.files import absolute
-from host.quantize.spec import QuantizeSpec
+from host.quantize.spec import COREML_FORMS, HALF, QuantizeSpec
 from host.training.config import TrainConfig
 from host.zoo.cards import read_card
 
@@ -92,15 +92,18 @@ class ContinualSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSpec:
-    """Formats to write and boards to write them for."""
+    """Formats to write, the form of the Core ML package (`COREML_FORMS`), and boards to write them for."""
 
     formats: tuple[str, ...] = FORMATS
+    coreml: str = HALF
     boards: tuple[str, ...] = ("generic-x86-64",)
 
     def __post_init__(self) -> None:
         unknown = set(self.formats) - set(FORMATS)
         if unknown or "tflite" not in self.formats:
             raise RecipeError(f"export.formats must hold 'tflite' and may hold 'coreml', got {list(self.formats)}")
+        if self.coreml not in COREML_FORMS:
+            raise RecipeError(f"export.coreml must be one of {', '.join(COREML_FORMS)}, got {self.coreml!r}")
         if not self.boards:
             raise RecipeError("export.boards must name at least one board; 'fieldvit boards' lists them")
         for board in self.boards:

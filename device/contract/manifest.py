@@ -69,12 +69,16 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreMLArtifact:
-    """The Core ML package: a directory inside the bundle, and its parity as evaluated from the saved program."""
+    """The Core ML package: a directory inside the bundle, and its parity as evaluated from the saved program.
+
+    `form` says what it holds: float16, w8 (int8 weights), w8a8 (activations too) or palette6 (6-bit indices).
+    """
 
     path: str
     argmax_agreement: float
     min_cosine: float
     max_abs_difference: float
+    form: str = "float16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

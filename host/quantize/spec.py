@@ -9,6 +9,8 @@ INT8, DYNAMIC, HALF, FLOAT = "int8", "dynamic", "float16", "float32"
 PRECISIONS = (INT8, DYNAMIC, HALF, FLOAT)
 """Of TFLite artifacts: int8 throughout but for float islands; int8 weights and float activations; float16 weights;
 float32."""
+COREML_FORMS = (HALF, "w8", "w8a8", "palette6")
+"""Of the Core ML package: float16; int8 weights; int8 weights and activations; weights as 6-bit indices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ def model_card(
     ]
     if coreml:
         rows.append(
-            f"| {coreml.path} (float16, evaluated from the saved program) | - | {coreml.argmax_agreement:.4f} | {coreml.min_cosine:.6f} |"
+            f"| {coreml.path} ({coreml.form}, evaluated from the saved program) | - | {coreml.argmax_agreement:.4f} | {coreml.min_cosine:.6f} |"
         )
     lines = [
         f"# {recipe.name} {recipe.version}",

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from converters import coreml
 from converters.bundle import backbone_hash, describe, write_bundle
 from converters.runners import open_features
 from converters.tflite import bake_head
@@ -21,19 +20,20 @@ from device.contract.board import load_board
 from device.contract.manifest import MANIFEST_NAME, Artifact, CoreMLArtifact, InputSpec, LearningSpec, Manifest
 from device.contract.records import to_table
 from host.data.inputs import same_size
-from host.data.splits import ImageSplits
+from host.data.splits import ImageSplits, LabeledImages
 from host.files import deterministic_npz, sha256_of
 from host.models.pretrained import weights_licence
 from host.pipeline import Report, package_versions, stage_metrics
 from host.quantize.spec import DYNAMIC, FLOAT, HALF, INT8
 from host.recipe import Recipe
 from host.stages.budget import require_budget
+from host.stages.coreml import Package, require_accuracy, write_package
 from host.stages.data import base_test_images, input_spec, load_model, load_split, model_entry
 from host.stages.documents import ml_bom, model_card, spdx
 from host.stages.features import ArrayOf, over_images, torch_features
 from host.stages.head import FittedHead, LinearHead, fit_head
-from host.stages.proof import INFER_PATH, Reference, prove_coreml, prove_infer, prove_tflite
-from host.stages.quantize import artifact_path
+from host.stages.proof import INFER_PATH, Reference, coreml_name, prove_coreml, prove_infer, prove_tflite
+from host.stages.quantize import artifact_path, calibration_frames
 from host.stages.train import WEIGHTS
 
 OWN_LICENCE = "Apache-2.0"
@@ -78,7 +78,12 @@ def export(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[str,
     report("export", 0, steps, "reference")
     float_head = fit_head(recipe, split, spec, torch_features(model)).linear
     draft = _Draft(
-        recipe=recipe, run=run, out=out, split=split, spec=spec, reference=_reference(model, float_head, split, spec)
+        recipe=recipe,
+        run=run,
+        out=out,
+        split=split,
+        spec=spec,
+        reference=_reference(model, float_head, base_test_images(split), spec),
     )
     draft.golden["frames"] = _golden_frames(split, spec)
     for step, precision in enumerate(precisions, 1):
@@ -99,8 +104,7 @@ def bundle_name(recipe: Recipe) -> str:
     return f"{recipe.name}-{recipe.version}.fieldvit"
 
 
-def _reference(model: nn.Module, head: LinearHead, split: ImageSplits, spec: InputSpec) -> Reference:
-    images = base_test_images(split)
+def _reference(model: nn.Module, head: LinearHead, images: LabeledImages, spec: InputSpec) -> Reference:
     features = over_images(torch_features(model), images.images, spec)
     return Reference(images=images, spec=spec, features=features, logits=head.logits(features))
 
@@ -184,14 +188,23 @@ def _some_of_each(labels: np.ndarray, most: int) -> np.ndarray:
 
 
 def _add_coreml(draft: _Draft, model: nn.Module, head: LinearHead) -> None:
-    path, spec = draft.out / COREML_PATH, draft.spec
+    path, form = draft.out / COREML_PATH, draft.recipe.export.coreml
     deployed = model.deploy()
     head.bake_into(deployed)
-    shape = (1, spec.height, spec.width, spec.channels)
-    coreml.convert(deployed, shape, path, input_spec_metadata=to_table(spec), labels=draft.split.base_names)
+    package = Package(
+        model=deployed,
+        spec=draft.spec,
+        labels=draft.split.base_names,
+        calibration=lambda: calibration_frames(draft.recipe),
+        board=load_board(draft.recipe.export.boards[0]),
+    )
+    write_package(package, form, path)
+    max_drop = draft.recipe.quantize.max_accuracy_drop
+    require_accuracy(path, form, lambda: _reference(model, head, draft.split.validation, draft.spec), max_drop)
     proof = prove_coreml(path, draft.reference)
-    proof.require("coreml")
+    proof.require(coreml_name(form))
     draft.coreml = CoreMLArtifact(
+        form=form,
         path=COREML_PATH,
         argmax_agreement=proof.argmax_agreement,
         min_cosine=proof.min_cosine,

@@ -16,10 +16,12 @@ from converters.parity import compare
 from converters.runners import open_classifier, open_features
 from device.contract.manifest import InputSpec
 from host.data.splits import LabeledImages
+from host.quantize.spec import HALF
 from host.stages.features import ArrayOf, coreml_logits, over_images
 from host.stages.head import LinearHead
 
-MIN_AGREEMENT = {"float32": 0.999, "float16": 0.995, "coreml": 0.995, "dynamic": 0.9, "int8": 0.9, "infer": 0.9}
+MIN_AGREEMENT = {"float32": 0.999, "float16": 0.995, "coreml": 0.995}
+MIN_AGREEMENT_QUANTIZED = 0.9
 """Least share of the same answers as the float model; of thousands of images one or two lie on a border, and so may one
 of a few. What rounds activations is held to its accuracy as well; below 0.9 it has collapsed."""
 
@@ -74,7 +76,7 @@ class Proof:
     def problems(self, artifact: str) -> tuple[str, ...]:
         """What is out of bounds, in words."""
         found = []
-        bound = MIN_AGREEMENT[artifact]
+        bound = min_agreement(artifact)
         if self.argmax_agreement < bound and not self._is_one_on_a_border():
             found.append(f"argmax agreement {self.argmax_agreement:.4f} is below {bound}")
         if self.min_cosine < MIN_COSINE.get(artifact, -1.0):
@@ -89,6 +91,16 @@ class Proof:
     def _is_one_on_a_border(self) -> bool:
         """Whether a single image is answered otherwise, and by numbers that hardly differ."""
         return round((1 - self.argmax_agreement) * self.images) <= 1 and self.min_cosine >= BORDER_COSINE
+
+
+def min_agreement(artifact: str) -> float:
+    """The least share of the same answers that an artifact may have."""
+    return MIN_AGREEMENT.get(artifact, MIN_AGREEMENT_QUANTIZED)
+
+
+def coreml_name(form: str) -> str:
+    """What a form of the Core ML package is called in reports; it chooses the bounds."""
+    return "coreml" if form == HALF else f"coreml {form}"
 
 
 def prove_tflite(path: Path, head: LinearHead, reference: Reference) -> Proof:

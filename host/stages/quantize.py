@@ -68,12 +68,13 @@ def _write(precision: str, recipe: Recipe, model: nn.Module, out: Path) -> None:
         convert_float(model.deploy(), shape, recipe.continual.max_classes, path, input_spec=to_table(spec))
     elif precision == INT8:
         scopes = model_entry(recipe.model).float_scopes
-        quantize_static(float_path, _calibration_frames(recipe), path, float_scopes=scopes)
+        quantize_static(float_path, calibration_frames(recipe), path, float_scopes=scopes)
     else:
         {DYNAMIC: quantize_dynamic, HALF: halve_weights}[precision](float_path, path)
 
 
-def _calibration_frames(recipe: Recipe) -> np.ndarray:
+def calibration_frames(recipe: Recipe) -> np.ndarray:
+    """Training images, drawn by the recipe's seed, as the model gets them: float32 [N, H, W, C]."""
     images = load_split(recipe).train.images
     chosen = np.random.default_rng(recipe.seed).permutation(len(images))[: recipe.quantize.calibration_images]
     return to_input([images[int(index)] for index in chosen], input_spec(recipe))
