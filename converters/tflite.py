@@ -29,7 +29,8 @@ from converters.tflite_metadata import About
 from device.contract.files import write_atomic
 
 TRAIN_BATCH = 8
-_HEAD_TENSORS = r"converters\.head|^infer_f_|^train_f_"
+HEAD_TENSORS = r"converters\.head|^infer_f_|^train_f_"
+"""Names of the tensors of `infer_f` and `train_f`, which stay float32."""
 _COMPUTE = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", PRODUCT)
 _FLOAT_OPS = ("GELU", "AVERAGE_POOL_2D", "SOFTMAX")
 _FLOAT_SCOPES = (
@@ -106,7 +107,14 @@ def convert_float(
     return _write(content, path, input_spec)
 
 
-def quantize_static(float_path: Path, calibration: np.ndarray, path: Path, *, float_scopes: Sequence[str] = ()) -> Path:
+def quantize_static(
+    float_path: Path,
+    calibration: np.ndarray,
+    path: Path,
+    *,
+    float_scopes: Sequence[str] = (),
+    has_islands: bool = True,
+) -> Path:
     """Quantize the backbone to int8: weights per output channel, activations by the range seen in calibration.
 
     Args:
@@ -114,6 +122,8 @@ def quantize_static(float_path: Path, calibration: np.ndarray, path: Path, *, fl
         calibration: float32 [N, H, W, C], real images after pre-processing; 32 are usually enough.
         path: where to write.
         float_scopes: regular expressions on tensor names (module paths) whose operations stay float32.
+        has_islands: keep in float32 what XNNPACK has no int8 kernel for. Without islands all is int8 but the edges, as
+            accelerators want it that run nothing else; on a processor that is slower and less accurate.
 
     Raises:
         ConversionError: the calibration images do not fit, or the quantizer refused the file.
@@ -131,11 +141,14 @@ def quantize_static(float_path: Path, calibration: np.ndarray, path: Path, *, fl
         )
     if not np.isfinite(calibration).all():
         raise ConversionError("calibration holds NaN or infinity; every int8 range would be wrong")
-    rules = [
-        (".*", "*", "static"),
+    islands = [
         *((".*", operation, "float") for operation in _FLOAT_OPS),
         *((scope, "*", "float") for scope in _FLOAT_SCOPES),
         *((".+", operation, "static") for operation in _COMPUTE),  # also the ones fused under a LayerNorm's name
+    ]
+    rules = [
+        (".*", "*", "static"),
+        *(islands if has_islands else ()),
         *((f"^{re.escape(name)};$", PRODUCT, "float") for name in products_with_constants(float_path)),
         *((scope, "*", "float") for scope in float_scopes),
         (".*", "INPUT", "float"),
@@ -176,7 +189,7 @@ def _quantize(float_path: Path, path: Path, rules: Sequence[Rule], *, samples: S
         from ai_edge_quantizer import quantizer
 
         try:
-            recipe = _recipe([*rules, (_HEAD_TENSORS, "*", "float")])
+            recipe = _recipe([*rules, (HEAD_TENSORS, "*", "float")])
             aeq = quantizer.Quantizer(str(float_path), recipe.get_quantization_recipe())
             ranges = _calibrate(float_path, recipe, samples) if samples else None
             result = aeq.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
