@@ -4,7 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from device.contract.errors import ConfigError
@@ -36,6 +36,10 @@ class Entry:
     starts: int = 0
     reason: str = ""
     detail: str = ""
+
+
+_NAMES = {field.name for field in fields(Entry)}
+"""What a newer agent wrote besides is passed over: after its runtime was taken back, its models must still be known."""
 
 
 class Journal:
@@ -97,7 +101,8 @@ def _read(path: Path) -> tuple[list[Entry], int, int]:
     entries, damaged = [], 0
     for line in intact.splitlines():
         try:
-            entries.append(from_table(Entry, json.loads(line), where=path.name))
-        except (ConfigError, ValueError):
+            table = json.loads(line)
+            entries.append(from_table(Entry, {name: table[name] for name in _NAMES & table.keys()}, where=path.name))
+        except (AttributeError, ConfigError, ValueError):  # AttributeError: JSON, but no table
             damaged += 1
     return entries, len(intact), damaged

@@ -11,7 +11,7 @@ from device.contract.topics import DeviceId
 from device.journal import Entry
 from device.modules import forbidden_modules
 from device.serving import Model
-from device.slots import Slots
+from device.slots import CRASHED, Slots
 from device.spool import LOW, Spool
 from device.telemetry import memory_bytes, soc_temp_celsius
 
@@ -92,7 +92,9 @@ class Reporter:
 
 def event_kind(entry: Entry) -> str | None:
     """The event that a journal entry stands for, if any."""
-    if entry.state == "testing" and entry.starts == 0:
+    if entry.state == entry.was:  # a start on a model in testing, or on a confirmed one after a crash
+        return "error" if entry.reason == CRASHED else None
+    if entry.state == "testing":
         return "installed"
     if entry.state == "confirmed":
         return "confirmed"

@@ -17,6 +17,10 @@ journal points. The order of an update that goes from slot a to slot b:
        or fails    -> b `rejected`, then the link moves back to a
 
 The slot that is served or would be fallen back to is never written.
+
+Crash loops. A start on a model in testing is a line of its own; so is a start on a confirmed one after its agent died (not
+after power was lost: that is no fault of the model). Lines within `CRASH_WINDOW_S` count, a start that was stopped in good
+order does not. Too many of them reject the model, a confirmed one only where another confirmed model can take over.
 """
 
 import os
@@ -34,6 +38,13 @@ from device.journal import Entry, Journal
 
 NAMES = ("a", "b")
 MAX_TEST_STARTS = 3
+"""Starts of a model in testing within the window; the next one rejects it."""
+MAX_TEST_STARTS_EVER = 10
+"""The same however long it took: a board without a clock may not know."""
+MAX_CRASHES = 5
+"""Crashes of a confirmed model within the window; the next one goes back to the other."""
+CRASH_WINDOW_S = 600.0
+STOPPED, CRASHED = "stopped", "crashed"
 
 Extract = Callable[[Path], Manifest]
 """Writes a bundle into the directory it is given, synced, and returns its manifest."""
@@ -89,11 +100,12 @@ class Slots:
                 return entry if entry.state == "rejected" and not is_damage else None
         return None
 
-    def recover(self, *, is_start: bool) -> list[str]:
+    def recover(self, *, is_start: bool, crash: str = "") -> list[str]:
         """Make slots, journal and link agree after any interruption; returns what was done, for the log.
 
         Args:
             is_start: the agent starts to serve, which counts against a model in testing.
+            crash: how the agent before died, which counts against a confirmed model; empty: it did not, or power was lost.
         """
         with self._lock:
             done = []
@@ -102,6 +114,7 @@ class Slots:
             self._journal.compact([self.state(slot) for slot in NAMES])
             for slot in NAMES:
                 done += self._recover_slot(self.state(slot), is_start=is_start)
+            done += self._count_crash(crash) if crash and is_start else []
             self._remove_rubbish()
             self._point_link()
             return done
@@ -145,6 +158,25 @@ class Slots:
         with self._lock:
             return self._record(self.state(slot), "confirmed")
 
+    def stop(self) -> None:
+        """The agent stops in good order: this start is not held against a model in testing."""
+        with self._lock:
+            for slot in NAMES:
+                entry = self.state(slot)
+                if entry.state == "testing" and entry.starts and entry.reason != STOPPED:
+                    self._record(replace(entry, starts=entry.starts - 1), "testing", reason=STOPPED)
+
+    def reject_hanging(self, slot: str, detail: str, *, timeout_s: float) -> bool:
+        """Reject a model in testing from beside a thread that hangs, and perhaps holds the lock; False if it does."""
+        if not self._lock.acquire(timeout=timeout_s):
+            return False
+        try:
+            if self.state(slot).state == "testing":
+                self.reject(slot, "hang", detail)
+            return True
+        finally:
+            self._lock.release()
+
     def reject(self, slot: str, reason: str, detail: str = "") -> Entry:
         """Take a slot out of service for good, and serve the one confirmed last."""
         with self._lock:
@@ -185,13 +217,49 @@ class Slots:
         if entry.state == "staged":
             self._record(entry, "empty", reason="interrupted")
             return [f"slot {entry.slot}: {entry.name} {entry.version} was staged but never proven; discarded"]
-        if entry.state == "testing" and entry.starts >= MAX_TEST_STARTS:
-            detail = f"{entry.starts} starts without confirmation"
-            self._record(entry, "rejected", reason="crash-loop", detail=detail)
-            return [f"slot {entry.slot}: {entry.name} {entry.version} rejected after {detail}"]
+        if entry.state == "testing" and (starts := self._starts_too_often(entry)):
+            return [self._reject_looping(entry, f"{starts} without confirmation")]
         if entry.state == "testing" and is_start:
             self._record(replace(entry, starts=entry.starts + 1), "testing")
         return []
+
+    def _starts_too_often(self, entry: Entry) -> str:
+        """How often a model in testing was started, if that is too often."""
+        if entry.starts >= MAX_TEST_STARTS_EVER:
+            return f"{entry.starts} starts"
+        recent = [e for e in self._recent(entry) if e.was == "testing"]
+        stops = sum(e.reason == STOPPED for e in recent)
+        count = len(recent) - 2 * stops  # a stop, and the start it takes back
+        return f"{count} starts within {CRASH_WINDOW_S / 60:.0f} minutes" if count >= MAX_TEST_STARTS else ""
+
+    def _count_crash(self, crash: str) -> list[str]:
+        entry = self.serving()
+        if entry is None or entry.state != "confirmed":
+            return []
+        crashes = [e for e in self._recent(entry) if e.state == "confirmed" and e.reason == CRASHED]
+        if len(crashes) >= MAX_CRASHES and self.has_other(entry.slot):
+            detail = f"{len(crashes) + 1} crashes within {CRASH_WINDOW_S / 60:.0f} minutes, the last: {crash}"
+            return [self._reject_looping(entry, detail)]
+        self._record(entry, "confirmed", reason=CRASHED, detail=crash)
+        return [f"slot {entry.slot}: the agent before died while it served {entry.name} {entry.version} ({crash})"]
+
+    def _reject_looping(self, entry: Entry, detail: str) -> str:
+        self._record(entry, "rejected", reason="crash-loop", detail=detail)
+        return f"slot {entry.slot}: {entry.name} {entry.version} rejected after {detail}"
+
+    def _recent(self, entry: Entry) -> list[Entry]:
+        """A slot's entries since it came into its state, without those that are surely older than the window.
+
+        A clock that went back says nothing, so an entry from the future counts.
+        """
+        found: list[Entry] = []
+        for earlier in reversed([e for e in self.history() if e.slot == entry.slot]):
+            if earlier.state != entry.state or self._clock() - earlier.time > CRASH_WINDOW_S:
+                break
+            found.append(earlier)
+            if earlier.was != earlier.state:
+                break
+        return found
 
     def _record(self, entry: Entry, state: str, *, reason: str = "", detail: str = "") -> Entry:
         new = replace(

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,7 +11,8 @@ import pytest
 
 from device.contract.bundle import extract, verify_directory
 from device.contract.errors import AgentBusyError, ArtifactError
-from device.slots import MAX_TEST_STARTS, NAMES, Slots
+from device.reporter import event_kind
+from device.slots import CRASH_WINDOW_S, MAX_CRASHES, MAX_TEST_STARTS, MAX_TEST_STARTS_EVER, NAMES, Slots
 from tests.support.bundles import make_manifest, write_plain_bundle
 
 SYSTEM_CALLS = ("replace", "fsync", "pwrite", "ftruncate", "open", "mkdir", "rmdir", "unlink", "symlink", "rename")
@@ -183,9 +185,90 @@ def test_model_that_never_confirms_is_reverted(root: Path):
         slots.recover(is_start=True)
         assert slots.serving().release == 2
     slots = Slots(root)
-    assert "3 starts without confirmation" in slots.recover(is_start=True)[0]
+    assert "3 starts within 10 minutes without confirmation" in slots.recover(is_start=True)[0]
     assert slots.serving().release == 1
     assert slots.rejection("hash-2").reason == "crash-loop"
+
+
+def start_at(root: Path, now: float, *, crash: str = "", stop: bool = False) -> Slots:
+    slots = Slots(root, clock=lambda: now)
+    slots.recover(is_start=True, crash=crash)
+    if stop:
+        slots.stop()
+    return slots
+
+
+def test_starts_far_apart_are_no_crash_loop_until_they_are_many(root: Path):
+    install(root, 2, confirm=False)
+    for number in range(MAX_TEST_STARTS_EVER):
+        assert start_at(root, number * CRASH_WINDOW_S).serving().release == 2
+    assert start_at(root, 1e6).serving().release == 1
+    assert Slots(root).state("b").detail == "10 starts without confirmation"
+
+
+def test_starts_that_end_in_good_order_are_not_held_against_a_model(root: Path):
+    install(root, 2, confirm=False)
+    for _ in range(3 * MAX_TEST_STARTS_EVER):
+        assert start_at(root, 2.0, stop=True).serving().release == 2
+    for _ in range(MAX_TEST_STARTS):
+        assert start_at(root, 3.0).serving().release == 2
+    assert start_at(root, 3.0).rejection("hash-2").reason == "crash-loop"
+
+
+def test_a_clock_that_goes_back_hides_no_crash_loop(root: Path):
+    install(root, 2, confirm=False)
+    for number in range(MAX_TEST_STARTS):
+        start_at(root, 1e9 - 1e6 * number)
+    assert start_at(root, 0.0).serving().release == 1
+
+
+def test_a_confirmed_model_that_keeps_crashing_gives_way_to_the_one_before(root: Path):
+    install(root, 2)
+    for _ in range(MAX_CRASHES):
+        assert start_at(root, 2.0, crash="it died").serving().release == 2
+    slots = start_at(root, 2.0, crash="it died")
+    assert (slots.serving().release, slots.state("b").reason) == (1, "crash-loop")
+    for _ in range(2 * MAX_CRASHES):  # nothing is left to go back to
+        assert start_at(root, 2.0, crash="it died").serving().release == 1
+    assert [event_kind(entry) for entry in slots.history()[-3:]] == ["error", "error", "rolled-back"]
+
+
+def test_crashes_far_apart_and_clean_starts_change_nothing(root: Path):
+    install(root, 2)
+    for number in range(3 * MAX_CRASHES):
+        start_at(root, number * CRASH_WINDOW_S, crash="it died")
+        before = Slots(root).last_number
+        assert start_at(root, number * CRASH_WINDOW_S).serving().release == 2
+        assert Slots(root).last_number == before
+
+
+def test_a_hanging_model_is_rejected_unless_the_lock_hangs_too(root: Path):
+    slots = install(root, 2, confirm=False)
+    held, done = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with slots._lock:
+            held.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    held.wait(10)
+    assert not slots.reject_hanging("b", "silent", timeout_s=0.01)
+    done.set()
+    thread.join()
+    assert slots.reject_hanging("b", "silent", timeout_s=1)
+    assert slots.rejection("hash-2").reason == "hang"
+    assert slots.reject_hanging("a", "silent", timeout_s=1)  # confirmed: not touched
+    assert slots.serving().release == 1
+
+
+def test_a_journal_of_a_newer_agent_is_read(root: Path):
+    journal = root / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"number"', b'"altitude": 3, "number"') + b"3\n")
+    slots = Slots(root)
+    assert "1 damaged lines" in slots.recover(is_start=True)[0]
+    assert slots.serving().release == 1
 
 
 def test_verbs_do_not_count_as_starts(root: Path):
