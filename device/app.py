@@ -19,20 +19,27 @@ from device.contract.errors import ConfigError, EngineError, FrameError
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
 from device.frames import DirectorySource, Frame
+from device.last_run import begin_run, end_run, last_crash
 from device.learned import remove_stale
+from device.metrics import MetricsServer
 from device.modules import forbidden_modules
 from device.mqtt import Connection
+from device.notify import Supervisor
 from device.reporter import Reporter
 from device.serving import Model, Serving
 from device.slots import NAMES, Slots
 from device.spool import Spool
 from device.updater import Updater
 from device.verbs import Verbs, status_table
+from device.watchdog import Heart, Pulse, Watchdog
 
 FLUSH_S = 2.0
 DRIFT_ALARM = 1.0
 """Mean shift of the features, in standard deviations, that is reported as an event; not calibrated per model."""
 MAX_FAILED_STEPS = 10
+START_S = 120.0
+"""How long the first model may take to load until the watchdog calls it a hang."""
+HANG_LOCK_S = 5.0
 RELOAD_S = 30.0
 """How often a model that could not be loaded, though its files are whole, is tried again."""
 
@@ -42,18 +49,30 @@ log = logging.getLogger(__name__)
 class Agent:
     """One device's agent. The caller holds the data directory's lock."""
 
-    def __init__(self, root: Path, config: AgentConfig, board: Board, *, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: AgentConfig,
+        board: Board,
+        *,
+        stop: threading.Event,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        """Wire the parts; `supervisor` is who started the agent, if it wants to hear of it."""
         found = forbidden_modules()
         if found:
             raise ConfigError(
                 f"{', '.join(found)} is loaded in this process; run the agent where only fieldvit[device] is imported"
             )
         self._root, self._config, self._stop = root, config, stop
+        self._supervisor = supervisor or Supervisor()
+        self._notifier = self._supervisor.notifier
+        self._pulse = Pulse()
         self._runtime = runtime = resolve_runtime(board, config.runtime)
         self._spool = Spool(root / "spool.db", max_bytes=runtime.spool_bytes, max_age_s=runtime.spool_age_s)
         self._reporter = Reporter(config.id, board.name, uuid.uuid4().hex[:16], self._spool)
         self._slots = Slots(root)
-        self._serving = Serving(self._slots, runtime)
+        self._serving = Serving(self._slots, runtime, budget=board.budget)
         self._source = DirectorySource(root / config.source.path)
         self._verbs = Verbs(
             root,
@@ -66,10 +85,14 @@ class Agent:
         )
         self._commands = Commands(self._spool, self._verbs.handlers(self.status), was_done=self._verbs.was_done)
         self._connection = self._make_connection()
+        self._metrics = MetricsServer(config.metrics, self.status) if config.metrics else None
         self._status_lock = threading.Lock()
+        self._is_reload_asked = False
         self._reported_model: Model | None = None
         self._reported_entry = -1
         self._reported_source_errors = 0
+        self._reported_problem = ""
+        self._last_window: dict[str, float] = {}
         self._frames = self._errors = self._window_errors = 0
         self._is_drifting = self._is_hot = False
         self._max_celsius = board.budget.soc_temp_celsius
@@ -80,22 +103,41 @@ class Agent:
 
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
-        for line in self._slots.recover(is_start=True):
+        for line in self._slots.recover(is_start=True, crash=last_crash(self._root)):
             log.warning("recovered: %s", line)
+        begin_run(self._root)
         proven = self._slots.last_number
+        watchdog = self._make_watchdog()
+        self._pulse.beat(grace_s=START_S)
+        watchdog.start()
         self._serving.start()
         self._commands.start()
         if self._connection:
             self._connection.start()
+        if self._metrics:
+            self._metrics.start()
+        self._pulse.beat()
+        self._notifier.ready(self._status_line())
         if self._serving.model is None or self._slots.last_number != proven:  # a slot was damaged: get it again
             self._check_for_update()
         code = self._loop()
+        self._notifier.stopping()
+        watchdog.stop()
+        if self._metrics:
+            self._metrics.stop()
         self._report_window(self._serving.model)
         self._verbs.wait(FLUSH_S)
         if self._connection:
             self._connection.stop(FLUSH_S)
         self._spool.close()
+        if code == 0:
+            self._slots.stop()
+            end_run(self._root)
         return code
+
+    def reload(self) -> None:
+        """Look for an update soon, as after SIGHUP. May be called from a signal handler."""
+        self._is_reload_asked = True
 
     def status(self) -> dict[str, Any]:
         """What `fieldvit-device status` and the command `status` show of a running agent."""
@@ -107,6 +149,9 @@ class Agent:
             "spool_dropped": self._spool.dropped,
             "results_dropped": self._connection.results_dropped if self._connection else 0,
             "connected": self._connection is not None and self._connection.is_connected,
+            "problem": self._serving.problem,
+            "last_check": self._verbs.last_check,
+            "window": self._last_window,
         }
 
     def _loop(self) -> int:
@@ -160,7 +205,7 @@ class Agent:
             return
         latency_s = time.perf_counter() - started
         self._frames += 1
-        self._serving.count_good_frame(model)
+        self._serving.count_good_frame(model, latency_s=latency_s)
         model.ring.add(frame.frame_id, features)
         model.window.add(latency_s=latency_s, class_index=answer.index, confidence=answer.confidence, features=features)
         if self._config.results and self._connection:
@@ -182,7 +227,9 @@ class Agent:
 
     def _tick(self) -> None:
         """Do what is due between two frames."""
-        self._serving.end_probation()
+        self._pulse.beat()
+        self._serving.watch()
+        self._report_problem()
         if self._serving.model is not self._reported_model:
             self._report_new_model()
         if self._slots.last_number != self._reported_entry:
@@ -198,6 +245,11 @@ class Agent:
         if self._serving.model is None and now >= self._next_load:
             self._next_load = now + RELOAD_S
             self._serving.start()
+        if self._is_reload_asked:
+            self._is_reload_asked = False
+            self._notifier.reloading("looking for an update")
+            self._check_for_update()
+            self._notifier.ready(self._status_line())
         if dead := self._dead_threads():
             raise RuntimeError(f"thread {', '.join(dead)} ended")
 
@@ -224,7 +276,8 @@ class Agent:
         """Send the telemetry of a model's window, and a drift event when the measure passes its limit."""
         drift = model.window.drift() if model else None
         errors = self._window_errors + self._source.errors - self._reported_source_errors
-        self._report_heat(self._reporter.telemetry(model, errors=errors).get("temperature", 0.0))
+        self._last_window = self._reporter.telemetry(model, errors=errors)
+        self._report_heat(self._last_window.get("temperature", 0.0))
         self._window_errors, self._reported_source_errors = 0, self._source.errors
         if drift is not None:
             if drift > DRIFT_ALARM and not self._is_drifting:
@@ -238,12 +291,48 @@ class Agent:
             self._reporter.event("error", reason="temperature", detail=detail)
         self._is_hot = celsius > self._max_celsius
 
+    def _report_problem(self) -> None:
+        problem = self._serving.problem
+        if problem and problem != self._reported_problem:
+            self._errors += 1
+            self._reporter.event("error", reason="canary", detail=problem)
+        self._reported_problem = problem
+
+    def _make_watchdog(self) -> Watchdog:
+        limits = self._config.watchdog
+        hearts = {"the frame loop": Heart(silence_s=self._pulse.silence_s, limit_s=limits.frames_s)}
+        for worker in self._commands.threads:
+            limit_s = limits.updates_s if worker is self._commands.updates else limits.commands_s
+            hearts[f"the worker for {worker.name}"] = Heart(silence_s=worker.busy_s, limit_s=limit_s)
+        return Watchdog(
+            hearts, notifier=self._notifier, supervisor_s=self._supervisor.watchdog_s, on_hang=self._record_hang
+        )
+
+    def _record_hang(self, name: str, silence_s: float) -> None:
+        """Leave word for the next start; a model on probation under which the frame loop hangs is rejected here and now."""
+        detail = f"{name} gave no sign of life for {silence_s:.0f} s"
+        begin_run(self._root, detail=detail)
+        model = self._serving.model
+        if (
+            name == "the frame loop"
+            and model
+            and not self._slots.reject_hanging(model.slot, detail, timeout_s=HANG_LOCK_S)
+        ):
+            log.error("slot %s could not be rejected, its journal is in use", model.slot)
+
+    def _status_line(self) -> str:
+        """What `systemctl status` shows."""
+        entry = self._slots.serving()
+        model = f"{entry.name} {entry.version} {entry.precision}, {entry.state}" if entry else "no model"
+        return f"{model}; {self._frames} frames, {self._errors + self._source.errors} errors"
+
     def _announce(self) -> None:
         if self._connection:
             self._connection.announce()
         self._write_status()
 
     def _write_status(self) -> None:
+        self._notifier.status(self._status_line())
         with self._status_lock:
             try:
                 write_atomic(self._root / "agent.json", json.dumps(self.status()).encode())

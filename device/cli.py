@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from device.contract.errors import DeviceError
+from device.logs import set_up_logging
 
 DEFAULT_ROOT = Path("/var/lib/fieldvit")
 NOT_WELL = 1
@@ -24,10 +26,7 @@ Verb = Callable[[argparse.Namespace], int]
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; our own errors become one line and their exit code."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(threadName)s %(message)s", force=True
-    )
-    logging.getLogger("tuf").setLevel(logging.WARNING)  # it reports every key it did not need
+    set_up_logging()
     verb: Verb = arguments.verb
     try:
         return verb(arguments)
@@ -44,13 +43,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from device.app import Agent
+    from device.notify import Supervisor
 
     root, config, board = _setup(arguments)
+    set_up_logging(config.log.format, is_journal=bool(os.environ.get("JOURNAL_STREAM")))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with _lock(root, "run"):
-        return Agent(root, config, board, stop=stop).run()
+        agent = Agent(root, config, board, stop=stop, supervisor=Supervisor.from_environment(os.environ))
+        signal.signal(signal.SIGHUP, lambda *_: agent.reload())
+        return agent.run()
 
 
 def _update(arguments: argparse.Namespace) -> int:

@@ -100,7 +100,7 @@ class Commands:
         self._quick.start()
 
     @property
-    def threads(self) -> list[threading.Thread]:
+    def threads(self) -> list["Worker"]:
         return [self.updates, self._quick]
 
     def receive(self, payload: bytes) -> None:
@@ -172,6 +172,12 @@ class Worker(threading.Thread):
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=MAX_QUEUED)
+        self._busy_since: float | None = None
+
+    def busy_s(self) -> float:
+        """How long the present job has been running, seconds; 0 without one."""
+        since = self._busy_since
+        return time.monotonic() - since if since is not None else 0.0
 
     def submit(self, job: Callable[[], None]) -> bool:
         """Queue a job; False when too many wait."""
@@ -183,10 +189,13 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         while True:
+            job = self._jobs.get()
+            self._busy_since = time.monotonic()
             try:
-                self._jobs.get()()
+                job()
             except Exception:  # this thread's outer loop: for example a disk that is full
                 log.exception("unexpected error in a command; going on")
+            self._busy_since = None
 
 
 def one_line(error: Exception) -> str:

@@ -25,8 +25,21 @@ check_interval_s = 0            # 0 = on command, and at start when there is no 
 
 [runtime]                       # overrides of the board profile
 threads = 2
+
+[log]
+format = "text"                 # or "json": one object a line
+
+[watchdog]                      # seconds without a sign of life until the agent is restarted
+frames_s = 30
+
+[metrics]                       # optional: figures for Prometheus on http://127.0.0.1:PORT/metrics
+port = 9477
+
+[home_assistant]                # optional: the board shows up there by itself
+enabled = true
 """
 
+import ipaddress
 import os
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +51,7 @@ from device.contract.records import from_table
 from device.contract.topics import DeviceId, is_id
 
 CONFIG_NAME = "agent.toml"
+LOG_FORMATS = ("text", "json")
 SOURCE_PREFIX = "dir:"
 
 
@@ -109,6 +123,65 @@ class RuntimeOverrides:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """How log lines look; see `device.logs`."""
+
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.format not in LOG_FORMATS:
+            raise ConfigError(f"log.format must be {' or '.join(LOG_FORMATS)}, got {self.format!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchdogConfig:
+    """Seconds that the frame loop may be silent, and that a command, or an update, may take."""
+
+    frames_s: float = 30.0
+    commands_s: float = 300.0
+    updates_s: float = 7200.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0:
+                raise ConfigError(f"watchdog.{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where Prometheus reads figures. Who can reach the port can read them, so other machines only when said so."""
+
+    port: int
+    address: str = "127.0.0.1"
+    allow_remote: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"metrics.port must be 1..65535, got {self.port}")
+        try:
+            is_local = ipaddress.ip_address(self.address).is_loopback
+        except ValueError as error:
+            raise ConfigError(f"metrics.address must be an IP address of this board, got {self.address!r}") from error
+        if not is_local and not self.allow_remote:
+            raise ConfigError(
+                f"metrics.address {self.address} can be reached from other machines, without a password; "
+                "set metrics.allow_remote = true if that is meant"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HomeAssistantConfig:
+    """Discovery by Home Assistant; see `device.home_assistant`."""
+
+    enabled: bool = False
+    prefix: str = "homeassistant"
+
+    def __post_init__(self) -> None:
+        if not is_id(self.prefix):
+            raise ConfigError(f"home_assistant.prefix {self.prefix!r}: use 1 to 64 letters, digits, '_' and '-' only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
     """Everything in `agent.toml`."""
 
@@ -122,6 +195,10 @@ class AgentConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     runtime: RuntimeOverrides = field(default_factory=RuntimeOverrides)
+    log: LogConfig = field(default_factory=LogConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    metrics: MetricsConfig | None = None
+    home_assistant: HomeAssistantConfig = field(default_factory=HomeAssistantConfig)
 
     def __post_init__(self) -> None:
         for name in ("site", "device", "channel"):

@@ -2,6 +2,9 @@
 
 During a probation the model before stays in memory, so that going back costs nothing. The frame loop reads one reference;
 the update thread replaces it.
+
+A model on probation gives way for an error of the interpreter, a golden frame that it computes otherwise, a budget it is
+over, or no usable frame. A confirmed one is watched by golden frames alone, and gives way only to one that passes them.
 """
 
 import errno
@@ -9,15 +12,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from device.canary import Canary
 from device.classifier import HEAD_NAME, Answer, Classifier, read_base_head
-from device.contract.board import Runtime
+from device.contract.board import Budget, Runtime
 from device.contract.bundle import verify_directory
 from device.contract.errors import ArtifactError, DeviceError, EngineError, UpdateRefusedError
 from device.contract.manifest import Artifact, Manifest
@@ -26,10 +30,13 @@ from device.golden import check_golden
 from device.journal import Entry
 from device.learned import LearnedStore
 from device.preprocess import preprocess
+from device.probation import Probation
 from device.ring import FeatureRing
 from device.slots import Slots
-from device.telemetry import Window
+from device.telemetry import Window, memory_bytes
 
+CANARY_S = 60.0
+"""How often one golden frame is run on a confirmed model."""
 LOAD_ATTEMPTS = 3
 LOAD_PAUSE_S = 0.3
 
@@ -94,15 +101,13 @@ class Model:
         check_golden(self.engine, self.directory, self.manifest.input, self.artifact, self.classifier.base.learner)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Probation:
-    """What a model did since it serves on probation. Only the frame loop counts, so counting needs no lock."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Served:
+    """A model in service: replaced as a whole, by one assignment."""
 
     model: Model
-    since: float
-    good_frames: int = 0
-    bad_frames: int = 0
-    problem: str = ""
+    canary: Canary
+    probation: Probation | None
 
 
 class Serving:
@@ -112,16 +117,48 @@ class Serving:
     counts only while that very model is on probation.
     """
 
-    def __init__(self, slots: Slots, runtime: Runtime, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._slots, self._runtime, self._clock = slots, runtime, clock
+    def __init__(
+        self,
+        slots: Slots,
+        runtime: Runtime,
+        *,
+        budget: Budget | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        memory: Callable[[], int] = memory_bytes,
+    ) -> None:
+        """Serve from these slots.
+
+        Args:
+            slots: where the models are.
+            runtime: threads, soak and canary intervals.
+            budget: latency and memory that a model on probation must keep to; None: the self-test's verdict is enough.
+            clock: seconds that never jump.
+            memory: this process's resident bytes.
+        """
+        self._slots, self._runtime, self._budget, self._clock, self._memory = slots, runtime, budget, clock, memory
         self._lock = threading.RLock()
-        self._previous: Model | None = None
-        self._probation: _Probation | None = None
-        self.model: Model | None = None
+        self._previous: _Served | None = None
+        self._served: _Served | None = None
+        self._problem = ""
+
+    @property
+    def model(self) -> Model | None:
+        served = self._served
+        return served.model if served else None
 
     @property
     def is_testing(self) -> bool:
         return self._probation is not None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the served model though it is kept, because there is no better one; "" when it is well."""
+        return self._problem
+
+    @property
+    def _probation(self) -> Probation | None:
+        served = self._served
+        return served.probation if served else None
 
     def start(self) -> None:
         """Load what the journal says, if nothing is served; a model that cannot be loaded gives way to the one before.
@@ -131,8 +168,9 @@ class Serving:
         """
         with self._lock:
             while self.model is None and (entry := self._slots.serving()):
+                probation = Probation(memory_before=self._memory()) if entry.state == "testing" else None
                 try:
-                    self._serve(self._load(entry))
+                    self._serve(self._prepare(self._load(entry), probation))
                 except DeviceError as error:
                     log.error("slot %s cannot be loaded: %s", entry.slot, error)
                     if isinstance(error, EngineError) and not self._slots.has_other(entry.slot):
@@ -146,73 +184,89 @@ class Serving:
             ArtifactError, EngineError: it cannot be loaded.
             UpdateRefusedError: the journal cannot be written.
         """
+        before = self._memory()
         try:
-            model = Model.load(self._slots, slot, precision, self._runtime)
+            served = self._prepare(
+                Model.load(self._slots, slot, precision, self._runtime), Probation(memory_before=before)
+            )
         except DeviceError as error:
             self._slots.reject(slot, "load", str(error))
             raise
         with self._lock, _refusing_disk():
             self._slots.begin_testing(slot, precision)
-            self._previous = self.model
-            self._serve(model)
+            self._previous = self._served
+            self._serve(served)
 
-    def count_good_frame(self, model: Model) -> None:
-        probation = self._probation
-        if probation and probation.model is model:
-            probation.good_frames += 1
+    def count_good_frame(self, model: Model, *, latency_s: float = 0.0) -> None:
+        served = self._served
+        if served and served.model is model and served.probation:
+            served.probation.count_good_frame(latency_s * 1000)
 
     def count_bad_frame(self, model: Model, problem: str) -> None:
         """Count a frame that does not fit the model's input; whose fault that is, the other frames tell."""
-        probation = self._probation
-        if probation and probation.model is model:
-            probation.bad_frames += 1
-            probation.problem = problem
+        served = self._served
+        if served and served.model is model and served.probation:
+            served.probation.count_bad_frame(problem)
 
     def is_soaked(self) -> bool:
         """Whether the probation is over: enough good frames, or enough time."""
         return self._has_soaked(self._probation)
 
+    def watch(self) -> None:
+        """Do what is due between two frames: a golden frame, the budgets, the end of a probation."""
+        self._fly_canary()
+        served = self._served
+        if served is None or served.probation is None:
+            return
+        served.probation.look_at_memory(self._memory(), self._clock())
+        is_over = self._has_soaked(served.probation)
+        if breach := served.probation.breach(is_over=is_over):
+            self.revert(served.model, "budget", breach)
+        elif is_over:
+            self.end_probation()
+
     def end_probation(self) -> None:
         """Confirm a model that has soaked; go back if frames came and not one of them was good."""
-        probation = self._probation
-        if not self._has_soaked(probation):
+        served = self._served
+        if served is None or served.probation is None or not self._has_soaked(served.probation):
             return
         with self._lock:
-            if probation is None or self._probation is not probation:
+            if self._served is not served:
                 return
-            if probation.bad_frames and not probation.good_frames:
-                detail = f"not one of {probation.bad_frames} frames could be used: {probation.problem}"
-                self.revert(probation.model, "frames", detail)
+            if served.probation.bad_frames and not served.probation.good_frames:
+                count, problem = served.probation.bad_frames, served.probation.problem
+                self.revert(served.model, "frames", f"not one of {count} frames could be used: {problem}")
             else:
                 self.confirm()
 
     def confirm(self) -> None:
         """Confirm the model on probation when its golden outputs are right once more, else go back."""
         with self._lock:
-            if self._probation is None:
+            served = self._served
+            if served is None or served.probation is None:
                 return
-            model = self._probation.model
+            model = served.model
             try:
                 model.check_golden()
             except DeviceError as error:
                 self.revert(model, "golden", str(error))
                 return
             self._slots.confirm(model.slot)
-            self._previous = self._probation = None
+            self._previous, self._served = None, replace(served, probation=None)
             log.info("slot %s confirmed: %s %s", model.slot, model.manifest.name, model.manifest.version)
 
     def revert(self, model: Model, reason: str, detail: str) -> None:
         """Reject a model and serve the one before, if that model is still on probation."""
         with self._lock:
-            if self._probation is None or self._probation.model is not model:
+            if self._probation is None or self.model is not model:
                 return
             log.error("slot %s rejected (%s): %s", model.slot, reason, detail)
             self._slots.reject(model.slot, reason, detail)
             previous, self._previous = self._previous, None
             if previous is not None:
-                self._serve(previous)
+                self._serve(replace(previous, probation=None))
             else:
-                self.model = self._probation = None
+                self._served = None
                 self.start()
 
     def rollback(self) -> Model:
@@ -220,14 +274,14 @@ class Serving:
         with self._lock:
             if self.model is None:
                 raise ArtifactError("there is no model to go back from; install one with 'fieldvit-device update'")
-            model = self._load(self._slots.rollback_target())
+            served = self._prepare(self._load(self._slots.rollback_target()))
             with _refusing_disk():
                 self._slots.reject(self.model.slot, "rolled-back", "by the operator")
             self._previous = None
-            self._serve(model)
-            return model
+            self._serve(served)
+            return served.model
 
-    def _has_soaked(self, probation: _Probation | None) -> bool:
+    def _has_soaked(self, probation: Probation | None) -> bool:
         return probation is not None and (
             probation.good_frames >= self._runtime.soak_frames
             or self._clock() - probation.since >= self._runtime.soak_s
@@ -243,10 +297,55 @@ class Serving:
                 time.sleep(LOAD_PAUSE_S)
         return Model.load(self._slots, entry.slot, entry.precision, self._runtime)
 
-    def _serve(self, model: Model) -> None:
-        is_testing = self._slots.state(model.slot).state == "testing"
-        self._probation = _Probation(model=model, since=self._clock()) if is_testing else None
-        self.model = model
+    def _prepare(self, model: Model, probation: Probation | None = None) -> _Served:
+        base_head = model.classifier.base.learner
+        canary = Canary(model.engine, model.directory, model.manifest.input, model.artifact, base_head)
+        return _Served(model=model, canary=canary, probation=probation)
+
+    def _serve(self, served: _Served) -> None:
+        if served.probation:
+            served.probation.begin(self._clock(), self._budget)
+        self._next_canary, self._problem = self._clock() + self._canary_interval_s(served), ""
+        self._served = served
+
+    def _canary_interval_s(self, served: _Served) -> float:
+        """On probation, all golden frames in half of its time."""
+        return min(self._runtime.soak_s / (2 * len(served.canary)), CANARY_S) if served.probation else CANARY_S
+
+    def _fly_canary(self) -> None:
+        served = self._served
+        if served is None or self._clock() < self._next_canary:
+            return
+        self._next_canary = self._clock() + self._canary_interval_s(served)
+        try:
+            served.canary.check_next()
+            self._problem = ""
+        except DeviceError as error:
+            if served.probation:
+                self.revert(served.model, "canary", str(error))
+            else:
+                self._distrust(served, str(error))
+
+    def _distrust(self, served: _Served, detail: str) -> None:
+        """A confirmed model computes otherwise: load it anew, or else go to the one before, if that one is right."""
+        with self._lock:
+            if self._served is not served or served.probation:
+                return
+            log.error("slot %s: %s", served.model.slot, detail)
+            states = [self._slots.state(served.model.slot)]
+            states += [self._slots.rollback_target()] if self._slots.has_other(served.model.slot) else []
+            for entry in states:
+                with suppress(DeviceError):
+                    better = self._prepare(Model.load(self._slots, entry.slot, entry.precision, self._runtime))
+                    better.model.check_golden()
+                    if entry.slot != served.model.slot:
+                        self._slots.reject(served.model.slot, "canary", detail)
+                    self._serve(better)
+                    self._problem = f"{detail}; " + (
+                        "it is right after it was loaded anew" if entry is states[0] else "the model before serves"
+                    )
+                    return
+            self._problem = f"{detail}; kept, because no other model here is right"
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class Verbs:
         self._slots, self._serving, self._updater, self._reporter = slots, serving, updater, reporter
         self._announce = announce
         self._last_refusal = ""
+        self.last_check: dict[str, Any] = {}
+        """How the last look for an update ended: number, time, outcome (staged, current, refused), reason, detail."""
         self._checking = threading.Lock()
         self._installing = threading.Lock()
 
@@ -90,10 +92,23 @@ class Verbs:
             try:
                 staged = install(self._updater, self._serving, source, force=force)
                 self._last_refusal = ""
+                self._remember("staged" if staged else "current")
             except DeviceError as error:
+                self._remember("refused", reason=refusal_reason(error), detail=one_line(error))
                 self._report_refusal(error, mark, is_asked=is_asked)
                 raise
         return {"updated": staged is not None} | serving_table(self._slots)
+
+    def _remember(self, outcome: str, *, reason: str = "", detail: str = "") -> None:
+        number = self.last_check.get("number", 0) + 1
+        self.last_check = {
+            "number": number,
+            "time": time.time(),
+            "outcome": outcome,
+            "reason": reason,
+            "detail": detail,
+        }
+        self._announce()
 
     def _report_refusal(self, error: DeviceError, mark: int, *, is_asked: bool) -> None:
         """Report it, unless it came so far that the journal holds it and its event follows from there.

@@ -29,6 +29,7 @@ def test_a_board_that_is_killed_during_updates_always_has_a_model(field: Field):
         with field.agent() as agent:
             time.sleep(moment_s)
             agent.kill()
+        field.lose_power()
         seen.append((round(moment_s, 2), require_working_model(field)))
         if Slots(field.root).fallback().release == release:
             release += 1

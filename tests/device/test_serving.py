@@ -1,21 +1,25 @@
 """Probation: a model confirms after its soak, and gives way to the one before at the first error."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import pytest
 
+from device.canary import Canary
 from device.contract.board import load_board
 from device.contract.bundle import extract
 from device.contract.errors import ArtifactError, ChecksumError, EngineError, UpdateRefusedError
 from device.engine import Engine
-from device.serving import Serving
+from device.probation import MEMORY_LOOK_S, MEMORY_LOOKS, SUSTAINED, WINDOW_FRAMES
+from device.serving import CANARY_S, Serving
 from device.slots import Slots
 from tests.support.tiny_bundle import LABELS, TinyModel, make_frames, write_bundle, wrong_golden
 
-RUNTIME = load_board("generic-x86-64").runtime
+BOARD = load_board("generic-x86-64")
+RUNTIME = BOARD.runtime
 
 
 class Clock:
@@ -32,7 +36,8 @@ class Bench:
         self.root, self.model, self.clock = directory / "root", model, Clock()
         self.root.mkdir()
         self.slots = Slots(self.root)
-        self.serving = Serving(self.slots, RUNTIME, clock=self.clock)
+        self.memory = 100 << 20
+        self.serving = Serving(self.slots, RUNTIME, budget=BOARD.budget, clock=self.clock, memory=lambda: self.memory)
 
     def activate(self, release: int, **files: bytes) -> None:
         bundle = write_bundle(self.root.parent, self.model, release=release, files=files)
@@ -205,3 +210,97 @@ def test_a_restart_serves_the_model_on_probation_again(bench: Bench):
     assert serving.model.manifest.release == 2
     serving.revert(serving.model, "engine", "it failed")  # nothing in memory to go back to: loaded from its slot
     assert serving.model.manifest.release == 1
+
+
+def serve_frames(bench: Bench, count: int, latency_ms: float) -> None:
+    for _ in range(count):
+        bench.serving.count_good_frame(bench.serving.model, latency_s=latency_ms / 1000)
+        bench.serving.watch()
+
+
+def test_a_model_that_stays_too_slow_goes(bench: Bench):
+    bench.activate(2)
+    serve_frames(bench, WINDOW_FRAMES * SUSTAINED, 2 * BOARD.budget.latency_ms)
+    assert (bench.release, bench.slots.state("b").reason) == (1, "budget")
+    assert "400.0 ms a frame (p50 of the last 40), 200.0 are allowed" in bench.slots.state("b").detail
+
+
+def test_a_few_slow_frames_are_forgiven(bench: Bench):
+    bench.activate(2)
+    serve_frames(bench, WINDOW_FRAMES, 2 * BOARD.budget.latency_ms)
+    serve_frames(bench, RUNTIME.soak_frames - WINDOW_FRAMES, BOARD.budget.latency_ms / 2)
+    assert bench.slots.fallback().release == bench.release == 2
+
+
+def test_a_short_soak_is_judged_by_all_its_frames(bench: Bench):
+    bench.activate(2)
+    serve_frames(bench, 3, 2 * BOARD.budget.latency_ms)
+    bench.clock.now += RUNTIME.soak_s
+    bench.serving.watch()
+    assert (bench.release, bench.slots.state("b").reason) == (1, "budget")
+
+
+@pytest.mark.parametrize("grows_mb", [BOARD.budget.peak_memory_mb + 1, BOARD.budget.peak_memory_mb - 1])
+def test_a_model_that_takes_too_much_memory_goes(bench: Bench, grows_mb: int):
+    bench.activate(2)
+    bench.memory += grows_mb << 20
+    for _ in range(MEMORY_LOOKS):
+        bench.clock.now += MEMORY_LOOK_S
+        bench.serving.watch()
+    is_over = grows_mb > BOARD.budget.peak_memory_mb
+    assert (bench.release, bench.slots.state("b").reason) == ((1, "budget") if is_over else (2, ""))
+
+
+def break_canary(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Engine], bool]) -> None:
+    """Let some engines compute something else from now on."""
+    real = Engine.features
+    monkeypatch.setattr(Engine, "features", lambda self, frame: real(self, frame) + (1 if is_broken(self) else 0))
+
+
+def test_a_model_that_computes_otherwise_while_it_serves_goes(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    bench.activate(2)
+    engine = bench.serving.model.engine
+    bench.serving.watch()
+    break_canary(monkeypatch, lambda other: other is engine)
+    bench.clock.now += RUNTIME.soak_s / 2
+    bench.serving.watch()
+    assert (bench.release, bench.slots.state("b").reason) == (1, "canary")
+    assert "golden frame 0 differs" in bench.slots.state("b").detail
+
+
+def test_all_golden_frames_are_run_within_the_soak(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    bench.activate(2)
+    checked: list[int] = []
+    monkeypatch.setattr(Canary, "check_next", lambda self: checked.append(self._next))
+    for _ in range(99):
+        bench.clock.now += RUNTIME.soak_s / 100
+        bench.serving.watch()
+    assert bench.serving.is_testing
+    assert len(checked) >= len(bench.model.golden["frames"])
+
+
+def test_a_confirmed_model_whose_interpreter_went_wrong_is_loaded_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    engine = bench.serving.model.engine
+    break_canary(monkeypatch, lambda other: other is engine)
+    bench.clock.now += CANARY_S
+    bench.serving.watch()
+    assert bench.serving.model.engine is not engine
+    assert (bench.release, bench.slots.state("a").state) == (1, "confirmed")
+    assert "right after it was loaded anew" in bench.serving.problem
+    bench.clock.now += CANARY_S
+    bench.serving.watch()
+    assert not bench.serving.problem
+
+
+@pytest.mark.parametrize("is_older_right", [True, False])
+def test_a_confirmed_model_gives_way_only_to_one_that_is_right(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_older_right: bool
+):
+    bench.activate(2)
+    bench.confirm()
+    break_canary(monkeypatch, lambda other: not (is_older_right and other.path.parent.name == "a"))
+    bench.clock.now += CANARY_S
+    bench.serving.watch()
+    assert bench.release == (1 if is_older_right else 2)
+    assert bench.slots.state("b").reason == ("canary" if is_older_right else "")
+    assert ("the model before serves" if is_older_right else "no other model here is right") in bench.serving.problem

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from device.last_run import kernel_boot_id
 from host.fleet.repository import UpdateRepository
 from tests.support.tiny_bundle import TinyModel, write_bundle
 
@@ -69,11 +70,16 @@ class Field:
         )
 
     @contextmanager
-    def agent(self) -> Iterator[subprocess.Popen[bytes]]:
+    def agent(self, *, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """Run the agent in a process group of its own; it is killed if the block leaves it running."""
         with (self.directory / "agent.log").open("ab") as log:
             process = subprocess.Popen(
-                _command("run", "--root", self.root), cwd=REPO_ROOT, stderr=log, stdout=log, process_group=0
+                _command("run", "--root", self.root),
+                cwd=REPO_ROOT,
+                stderr=log,
+                stdout=log,
+                process_group=0,
+                env=environment,
             )
         try:
             yield process
@@ -81,6 +87,12 @@ class Field:
             if process.poll() is None:
                 process.kill()
             process.wait(timeout=10)
+
+    def lose_power(self) -> None:
+        """After a kill: the next start finds another kernel, so no crash of the agent is counted."""
+        running = self.root / "running"
+        if running.exists():
+            running.write_text(running.read_text().replace(kernel_boot_id(), "another boot"))
 
     @property
     def log(self) -> str:
