@@ -9,7 +9,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
     The directory is made if it is missing. What a cut leaves behind is one `NAME.tmp`, overwritten by the next write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(path.parent)
     partial = path.with_name(path.name + ".tmp")
     with partial.open("wb") as file:
         file.write(content)
@@ -17,6 +17,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make it, and what is above it, so that a cut after the file was written does not take the directory away."""
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
 
 
 def sync_directory(directory: Path) -> None:
