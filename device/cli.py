@@ -175,6 +175,30 @@ def _selftest(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _set_up(arguments: argparse.Namespace) -> int:
+    from device.contract.records import to_table
+    from device.setup import Wishes, set_up
+
+    names = ("site", "device", "board", "channel", "broker", "unit_directory", "user", "camera")
+    wishes = Wishes(**{name: getattr(arguments, name) for name in names}, token=_token(arguments.token))
+    root = Path(os.path.abspath(arguments.root))
+    steps = set_up(root, wishes, enrol=_enrol, is_dry_run=arguments.dry_run)
+    lines = [f"{step.done}: {step.what}" + (f"\n    next: {step.todo}" if step.todo else "") for step in steps]
+    _show(arguments, {"dry_run": arguments.dry_run, "steps": to_table(steps)}, lines)
+    return 0
+
+
+def _token(text: str) -> str:
+    """A token from standard input with `-`: what stands on the command line, every user of the board can read."""
+    return sys.stdin.readline().strip() if text == "-" else text
+
+
+def _enrol(root: Path, device: Any, token: str) -> dict[str, Any]:
+    from device.identity import enrol
+
+    return enrol(root, device, token).broker_table()
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from device.contract.records import to_table
     from device.doctor import examine
@@ -229,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         "prove the served model again, in a child process",
         "fieldvit-device selftest --json",
     )
+    _add_set_up(verbs)
     _add(
         verbs,
         "doctor",
@@ -237,6 +262,23 @@ def _parser() -> argparse.ArgumentParser:
         "fieldvit-device doctor --root /var/lib/fieldvit",
     )
     return parser
+
+
+def _add_set_up(verbs: Any) -> None:
+    from device.setup import SYSTEM_UNITS
+
+    example = "fieldvit-device setup --site greenhouse --device cam-1 --board raspberry-pi-5 --token -"
+    setup = _add(verbs, "setup", _set_up, "set this board up: configuration, certificate, service", example)
+    setup.add_argument("--site", required=True, help="where the board is: fieldvit/v1/SITE/DEVICE/...")
+    setup.add_argument("--device", required=True, help="its name there")
+    setup.add_argument("--board", default="generic-x86-64", help="its profile (default %(default)s)")
+    setup.add_argument("--channel", default="stable", help="which bundle it follows (default %(default)s)")
+    setup.add_argument("--token", default="", help="of 'fieldvit fleet token'; - reads it from standard input")
+    setup.add_argument("--broker", default="", metavar="mqtt[s]://HOST[:PORT]", help="needless with a token")
+    setup.add_argument("--user", default="", help="whom the service runs as; by default systemd makes one")
+    setup.add_argument("--camera", default="", metavar="/dev/video0", help="a device that the service may use")
+    setup.add_argument("--unit-dir", dest="unit_directory", type=Path, default=SYSTEM_UNITS, metavar="DIR")
+    setup.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 
 def _add(
@@ -270,10 +312,19 @@ def _root(arguments: argparse.Namespace) -> Path:
     return root.resolve()
 
 
-def _lock(root: Path, purpose: str) -> Any:
+@contextlib.contextmanager
+def _lock(root: Path, purpose: str) -> Iterator[None]:
+    """Hold the data directory; what root writes into it belongs to its owner afterwards, or the agent could not replace it."""
     from device.lock import agent_lock
 
-    return agent_lock(root, purpose)
+    with agent_lock(root, purpose):
+        try:
+            yield
+        finally:
+            owner = root.stat()
+            if os.geteuid() == 0 and owner.st_uid != 0:
+                for path in root.rglob("*"):
+                    os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _recover(slots: Any) -> None:

@@ -1,15 +1,23 @@
-"""What is wrong with this board's setup, and what to do about it."""
+"""What is wrong with this board's setup, and what to do about it; see also `device.doctor_checks`."""
 
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from device.config import AgentConfig, load_config, resolve_runtime
 from device.contract.board import Board, load_board
 from device.contract.errors import DeviceError
+from device.doctor_checks import (
+    Finding,
+    check_certificates,
+    check_delegate,
+    check_owner,
+    check_secrets,
+    check_spool,
+    check_temperature,
+)
 from device.lock import lock_owner
 from device.mqtt import probe
 from device.selftest import run_in_child
@@ -17,16 +25,6 @@ from device.slots import Slots
 
 EARLIEST_SANE_S = 1_767_225_600  # 2026-01-01: before this software existed
 FREE_BYTES_NEEDED = 256 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One check: what was found, and the next step if it is not well. Advice alone does not fail the doctor."""
-
-    check: str
-    ok: bool
-    text: str
-    advice: str = ""
 
 
 def examine(root: Path) -> Iterator[Finding]:
@@ -50,8 +48,20 @@ def examine(root: Path) -> Iterator[Finding]:
     yield _trusted_root(root)
     yield _lock(root)
     yield _model(root, config, board)
+    yield check_delegate(board)
+    yield check_temperature(board)
     yield _frames(root, config)
+    yield check_secrets(root, config)
+    yield check_owner(root)
+    yield check_spool(root, config)
+    yield from check_certificates(root, config, end_of=_certificate_end)
     yield _broker(root, config)
+
+
+def _certificate_end(path: Path) -> float:
+    from device.identity import certificate_end  # here: few boards without a certificate need it
+
+    return certificate_end(path)
 
 
 def _disk(root: Path) -> Finding:

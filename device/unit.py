@@ -1,0 +1,154 @@
+"""The agent's systemd unit: restarted whatever happens, watched, within the board's limits, and allowed as little as it needs.
+
+Checked with `systemd-analyze verify` and `security --offline=true` by the tests. What is allowed, and why:
+
+- network: IPv4, IPv6 and Unix sockets; without a broker and with updates from a directory, loopback only
+- devices: none, unless frames come from a camera
+- writing: the data directory; everything else is read-only or not there
+- memory: two models, because during a probation the one before stays, and the agent; at most three quarters of the board's
+- processors: the interpreter's threads and one more, for the rest
+- `OOMPolicy=continue`: a self-test that takes too much memory dies alone; it must not take the agent with it
+- `StartLimitIntervalSec=0`: a board nobody can walk to never gives up; a model that keeps crashing is taken back by the agent
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.config import SOURCE_PREFIX, AgentConfig, resolve_runtime
+from device.contract.board import Board
+
+UNIT_NAME = "fieldvit-agent.service"
+STATE = Path("/var/lib")
+WATCHDOG_S = 60
+AGENT_MB = 128
+"""Python, LiteRT, the spool's cache and the messages under way, above two models."""
+HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What a unit is made from: data directory, interpreter, and the user to run as ("" lets systemd choose one)."""
+
+    root: Path
+    python: Path
+    user: str = ""
+    camera: str = ""  # a device file such as /dev/video0; "" where frames come from elsewhere
+
+
+def unit_text(service: Service, config: AgentConfig, board: Board) -> str:
+    """The unit file."""
+    sections = {"Unit": _unit(config), "Service": _service(service, config, board), "Install": _install()}
+    lines = ["# Written by 'fieldvit-device setup'; add your own settings with 'systemctl edit', not here."]
+    for name, settings in sections.items():
+        lines += ["", f"[{name}]", *(f"{key}={value}" for key, value in settings)]
+    return "\n".join(lines) + "\n"
+
+
+def _unit(config: AgentConfig) -> Iterator[tuple[str, object]]:
+    yield "Description", f"FieldViT agent {config.id}".replace("%", "%%")
+    yield "Documentation", "man:systemd.service(5)"
+    yield "After", "local-fs.target network.target time-sync.target"  # the network may be away: it is never waited for
+    yield "StartLimitIntervalSec", 0
+
+
+def _service(service: Service, config: AgentConfig, board: Board) -> Iterator[tuple[str, object]]:
+    yield "Type", "notify"
+    yield "NotifyAccess", "main"
+    yield "ExecStart", f"{_word(service.python)} -m device.cli run --root {_word(service.root)}"
+    yield "ExecReload", "/bin/kill -HUP $MAINPID"
+    yield "Restart", "always"
+    yield "RestartSec", 2
+    yield "WatchdogSec", WATCHDOG_S
+    yield "TimeoutStartSec", 180
+    yield "TimeoutStopSec", 30
+    yield "OOMPolicy", "continue"
+    yield "Environment", "MALLOC_MMAP_THRESHOLD_=131072"  # swapped models give their memory back
+    yield from _identity(service)
+    yield from _limits(config, board)
+    yield from _hardening(service, config)
+
+
+def _identity(service: Service) -> Iterator[tuple[str, object]]:
+    if service.user:
+        yield "User", service.user
+    else:
+        yield "DynamicUser", "yes"
+        yield "User", "fieldvit"
+    if service.root.parent == STATE:
+        yield "StateDirectory", service.root.name
+        yield "StateDirectoryMode", "0700"
+    else:
+        yield "ReadWritePaths", _quote(service.root)
+    yield "UMask", "0077"
+
+
+def _limits(config: AgentConfig, board: Board) -> Iterator[tuple[str, object]]:
+    most_mb = min(2 * board.budget.peak_memory_mb + AGENT_MB, board.hardware.memory_mb * 3 // 4)
+    threads = resolve_runtime(board, config.runtime).threads
+    yield "MemoryHigh", f"{most_mb * 9 // 10}M"
+    yield "MemoryMax", f"{most_mb}M"
+    yield "CPUQuota", f"{100 * min(threads + 1, board.hardware.cores)}%"
+    yield "TasksMax", 64
+    yield "LimitCORE", 0  # a core would hold what the camera saw
+    yield "LimitNOFILE", 1024
+
+
+def _hardening(service: Service, config: AgentConfig) -> Iterator[tuple[str, object]]:
+    uses_home = any(_is_below(path, HOMES) for path in (service.root, service.python, _source_path(config)))
+    yield "NoNewPrivileges", "yes"
+    yield "CapabilityBoundingSet", ""
+    yield "AmbientCapabilities", ""
+    yield "ProtectSystem", "strict"
+    yield "ProtectHome", "read-only" if uses_home else "yes"
+    for name in ("PrivateTmp", "ProtectKernelTunables", "ProtectKernelModules", "ProtectKernelLogs", "ProtectClock"):
+        yield name, "yes"
+    for name in ("ProtectControlGroups", "ProtectHostname", "RestrictNamespaces", "RestrictRealtime"):
+        yield name, "yes"
+    for name in ("RestrictSUIDSGID", "LockPersonality", "MemoryDenyWriteExecute", "RemoveIPC"):
+        yield name, "yes"
+    yield "ProtectProc", "invisible"
+    yield "RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6"
+    if config.broker is None and config.update.source.startswith(SOURCE_PREFIX):
+        yield "IPAddressDeny", "any"
+        yield "IPAddressAllow", "localhost"
+    yield "SystemCallArchitectures", "native"
+    yield "SystemCallFilter", "@system-service"
+    yield "SystemCallFilter", "~@privileged @resources"
+    yield "SystemCallErrorNumber", "EPERM"
+    yield from _devices(service)
+
+
+def _devices(service: Service) -> Iterator[tuple[str, object]]:
+    if not service.camera:
+        yield "PrivateDevices", "yes"
+        yield "PrivateUsers", "yes"
+        yield "DevicePolicy", "closed"
+        return
+    yield "DevicePolicy", "closed"
+    yield "DeviceAllow", f"{service.camera} rw"
+    yield "SupplementaryGroups", "video"
+
+
+def _install() -> Iterator[tuple[str, object]]:
+    yield "WantedBy", "multi-user.target"
+
+
+def _source_path(config: AgentConfig) -> Path:
+    return Path(config.update.source.removeprefix(SOURCE_PREFIX))
+
+
+def _is_below(path: Path, directories: tuple[Path, ...]) -> bool:
+    return any(Path(os.path.normpath(path)).is_relative_to(directory) for directory in directories)
+
+
+def _word(path: Path) -> str:
+    """A path as one word of a command line, where variables are expanded."""
+    return _quote(path).replace("$", "$$")
+
+
+def _quote(path: Path) -> str:
+    """A path as one word: its specifiers and quotes are meant literally."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"' if any(character in text for character in " ;'\"\\") else text
