@@ -57,7 +57,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _update(arguments: argparse.Namespace) -> int:
+    from device.ask import ask_for_update
     from device.config import resolve_runtime, source_directory
+    from device.lock import lock_owner
     from device.serving import Serving
     from device.slots import Slots
     from device.updater import Updater
@@ -69,6 +71,10 @@ def _update(arguments: argparse.Namespace) -> int:
         if arguments.source
         else source_directory(config.update.source, root)
     )
+    owner = lock_owner(root)
+    if owner and owner.purpose == "run" and not arguments.source and not arguments.force:
+        is_updated = ask_for_update(root, owner.pid, tell=logging.getLogger(__name__).info)
+        return _show_update(arguments, serving_table(Slots(root)), is_updated, f"{source}, channel {config.channel}")
     with _lock(root, "update"):
         slots = Slots(root)
         _recover(slots)
@@ -85,12 +91,13 @@ def _update(arguments: argparse.Namespace) -> int:
         raise DeviceError(
             "the model failed its last check and was rejected; 'fieldvit-device status --history' says why"
         )
+    return _show_update(arguments, table, staged is not None, f"{source}, channel {config.channel}")
+
+
+def _show_update(arguments: argparse.Namespace, table: dict[str, Any], is_updated: bool, offered: str) -> int:
     text = f"{table['name']} {table['version']} {table['precision']} in slot {table['slot']}: "
-    _show(
-        arguments,
-        {"updated": staged is not None} | table,
-        [text + ("installed and confirmed" if staged else f"is up to date with {source}, channel {config.channel}")],
-    )
+    text += "installed and confirmed" if is_updated else f"is up to date with {offered}"
+    _show(arguments, {"updated": is_updated} | table, [text])
     return 0
 
 
@@ -231,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "update",
         _update,
-        "install what the channel offers",
+        "install what the channel offers; a running agent is asked to",
         "fieldvit-device update --from dir:/media/usb/updates",
     )
     update.add_argument(

@@ -243,7 +243,12 @@ def publish(
 )
 def flash(
     bundle: BundleArgument,
-    to: Annotated[str, typer.Option("--to", help="dir:PATH, the board's data directory.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="dir:PATH, a board's data directory, or ssh:USER@HOST[:PORT][/PATH].", show_default=False
+        ),
+    ],
     board: Annotated[str, typer.Option(help="The board's profile; see 'fieldvit boards'.")] = "generic-x86-64",
     repo: Annotated[Path, typer.Option(help="The update repository that the bundle is published in.")] = Path(
         "updates"
@@ -255,13 +260,33 @@ def flash(
     frames: Annotated[
         str, typer.Option(help="Where the board finds its frames, relative to its data directory.")
     ] = "frames",
+    ssh_key: Annotated[Path | None, typer.Option(help="ssh: the private key; else what ssh itself chooses.")] = None,
+    known_hosts: Annotated[Path | None, typer.Option(help="ssh: file of host keys, instead of your own.")] = None,
+    python: Annotated[str, typer.Option(help="ssh: the board's Python, 3.11 or later.")] = "python3",
+    wheels: Annotated[Path | None, typer.Option(help="ssh: wheels for a board without an index.")] = None,
+    pip_args: Annotated[str, typer.Option(help="ssh: further options of the board's pip.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
-    """Put a published bundle, the trusted root and a configuration into a board's data directory."""
+    """Put a published bundle, the trusted root and a configuration onto a board.
+
+    A directory gets the files. Over ssh the board gets the runtime too, takes the bundle, and says whether it confirmed it.
+    """
     from host.fleet.flash import BoardSettings, flash_directory
 
-    root = parse_directory(to)
     address = parse_broker(broker) if broker else None
     settings = BoardSettings(id=DeviceId(site, device), board=board, channel=channel, broker=address, frames=frames)
+    if to.startswith("ssh:"):
+        from host.fleet.flash_ssh import describe, flash_ssh
+        from host.fleet.ssh import Remote, Target
+
+        target = Target.parse(to)
+        remote = Remote(target=target, key=ssh_key, known_hosts=known_hosts, python=python, tell=_tell_progress)
+        arguments = shlex.split(pip_args)
+        outcome = flash_ssh(bundle, remote, repository=repo, settings=settings, wheels=wheels, pip_arguments=arguments)
+        table = {**asdict(outcome), "expires": outcome.expires.isoformat()}
+        print(json.dumps(table, indent=1) if as_json else "\n".join(describe(outcome, remote)))
+        return
+    root = parse_directory(to)
     expires = flash_directory(bundle, root, repository=repo, settings=settings)
     _tell_flashed(root, board, expires)
 
@@ -413,7 +438,7 @@ def parse_directory(target: str) -> Path:
     """The path in `dir:PATH`; RecipeError for any other target."""
     kind, _, path = target.partition(":")
     if kind != "dir" or not path:
-        raise RecipeError(f"--to {target!r}: this version flashes directories; write dir:PATH")
+        raise RecipeError(f"--to {target!r}: write dir:PATH or ssh:USER@HOST[:PORT][/PATH]")
     return Path(path)
 
 
@@ -448,6 +473,10 @@ def main(argv: list[str] | None = None) -> int:
     if status == INTERRUPTED:  # Typer turns Ctrl-C into this status without a word
         return _fail("interrupted; run the same command again, finished stages are kept", INTERRUPTED)
     return status if isinstance(status, int) else 0
+
+
+def _tell_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _tell_flashed(root: Path, board: str, expires: datetime) -> None:

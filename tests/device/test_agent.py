@@ -193,8 +193,8 @@ def test_rollback_goes_back_and_stays_back(field: Field, broker_port):
 def test_a_second_agent_gets_one_clear_line(field: Field):
     with field.agent() as agent:
         wait_for_log(field, "event confirmed")
-        for verb in ("run", "update", "rollback"):
-            second = field.cli(verb)
+        for verb in (["run"], ["update", "--force"], ["rollback"]):
+            second = field.cli(*verb)
             assert second.returncode == 10
             assert f"is in use by 'fieldvit-device run' (process {agent.pid})" in second.stderr
             assert len(second.stderr.strip().splitlines()) == 1
@@ -203,6 +203,37 @@ def test_a_second_agent_gets_one_clear_line(field: Field):
         assert status["version"] == "1.0.0"
         assert status["modules_ok"] is True
         assert set(status["modules"]).isdisjoint({"torch", "tensorflow", "host", "converters"})
+
+
+def test_update_asks_the_agent_that_runs(field: Field):
+    field.cli("update")
+    with field.agent() as agent:
+        wait_for(lambda: "frame" in field.cli("status").stdout)
+        assert json.loads(field.cli("update", "--json").stdout)["updated"] is False
+        field.publish(2)
+        result = field.cli("update")
+        assert "tiny 2.0.0 int8 in slot b: installed and confirmed" in result.stdout
+        assert f"the agent (process {agent.pid}) looks for an update" in result.stderr
+        field.publish(3, files=wrong_golden(field.model))
+        result = field.cli("update")
+        assert result.returncode == 5
+        assert "golden features differ" in result.stderr
+    assert Slots(field.root).serving().release == 2
+
+
+def test_update_says_why_the_agent_took_a_model_back(field: Field):
+    field.cli("update")
+    field.publish(2)
+    field.configure(runtime="soak_s = 2")
+    with field.agent():
+        wait_for(lambda: "frame" in field.cli("status").stdout)
+        asking = field.start("update")
+        wait_for(lambda: Slots(field.root).serving().release == 2)
+        (field.root / "frames" / "color.part").write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
+        (field.root / "frames" / "color.part").rename(field.root / "frames" / "color.ppm")
+        _, errors = asking.communicate(timeout=20)
+    assert asking.returncode == 5
+    assert b"error: tiny 2.0.0 was taken back (frames): not one of 1 frames could be used" in errors
 
 
 def test_learned_classes_survive_a_restart_and_damage_is_reported(field: Field, broker_port):

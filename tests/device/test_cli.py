@@ -231,4 +231,7 @@ def test_doctor_is_content_with_a_sound_board(field: Field, broker_port: int):
     table = json.loads(result.stdout)
     assert result.returncode == 0, table
     checks = [finding["check"] for finding in table["findings"]]
-    assert checks == ["root", "disk", "clock", "config", "board", "trust", "agent", "model", "frames", "broker"]
+    assert checks == [
+        *("root", "disk", "clock", "config", "board", "trust", "agent", "model", "delegate", "temperature", "frames"),
+        *("secrets", "owner", "spool", "broker"),
+    ]

@@ -1,0 +1,229 @@
+"""What `flash --to ssh:` does on the board. Sent there as text for `python3 -c`: standard library only, imports nothing of ours.
+
+    python3 -c TEXT VERB JSON      the answer is the last line of standard output, as JSON
+
+Everything lies under the board's data directory:
+
+    incoming/SHA256.partial    what a cut left of a file, gone on with by the next call; renamed when its hash is right
+    runtime/ID/                one virtual environment; `.complete` in it is written last, without it it is made anew
+    runtime/current            link to the one that is used, moved by one rename after the new one has passed its test
+
+Needs Python 3.11; an older one must still be able to run `look`, so that the message is clear.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+
+def look(root, names, **_):
+    """What is there: Python, runtime, hashes of the files in question, what waits in `incoming`."""
+    incoming = os.path.join(root, "incoming")
+    partials = {}
+    if os.path.isdir(incoming):
+        for name in os.listdir(incoming):
+            partials[name] = os.path.getsize(os.path.join(incoming, name))
+    link = os.path.join(root, "runtime", "current")
+    texts = {}
+    for name in ("agent.toml", "root.json"):
+        if os.path.exists(os.path.join(root, name)):
+            with open(os.path.join(root, name), encoding="utf-8") as file:
+                texts[name] = file.read()
+    existing = root
+    while not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    return {
+        "python": list(sys.version_info[:3]),
+        "machine": os.uname().machine,
+        "runtime": os.readlink(link) if os.path.islink(link) else "",
+        "incoming": partials,
+        "texts": texts,
+        "hashes": {name: sha256_of(os.path.join(root, name)) for name in names},
+        "updates": sorted(files_below(os.path.join(root, "updates"))),
+        "is_writable": os.access(existing, os.W_OK),
+        "free_bytes": shutil.disk_usage(existing).free,
+    }
+
+
+def receive(root, sha256, size, offset, **_):
+    """Append standard input to a partial file; a whole one with the right hash gets its name."""
+    incoming = os.path.join(root, "incoming")
+    os.makedirs(incoming, exist_ok=True)
+    final = os.path.join(incoming, sha256)
+    partial = final + ".partial"
+    with open(partial, "ab") as file:
+        if file.tell() < offset:
+            raise SystemExit("error: the board lost a part of the file; flash again")
+        file.truncate(offset)
+        file.seek(offset)
+        while True:
+            chunk = sys.stdin.buffer.read1(1 << 16)
+            if not chunk:
+                break
+            file.write(chunk)
+            file.flush()  # what has come is kept when the connection is cut
+        os.fsync(file.fileno())
+    if os.path.getsize(partial) < size:
+        return {"is_whole": False}
+    if sha256_of(partial) != sha256:
+        os.remove(partial)
+        raise SystemExit("error: the file arrived damaged and was removed; flash again")
+    os.replace(partial, final)
+    sync(incoming)
+    return {"is_whole": True}
+
+
+def place(root, files, expected, frames, **_):
+    """Put received files where they belong: `updates` is exchanged as a whole, the others one by one.
+
+    `files` are all names with their hashes; what is there already with that hash is kept.
+    """
+    updates = os.path.join(root, "updates")
+    partial, old = updates + ".partial", updates + ".old"
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    is_changed = sorted(name for name in files if name.startswith("updates/")) != sorted(
+        "updates/" + name for name in files_below(updates)
+    )
+    is_changed = is_changed or any(expected[name] != sha for name, sha in files.items() if name.startswith("updates/"))
+    if is_changed:
+        for name, sha in files.items():
+            if name.startswith("updates/"):
+                target = partial + name[len("updates") :]
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                is_kept = expected[name] == sha
+                copy_synced(os.path.join(root, name) if is_kept else os.path.join(root, "incoming", sha), target)
+        if os.path.exists(updates):
+            os.replace(updates, old)
+        os.replace(partial, updates)
+        sync(root)
+        shutil.rmtree(old, ignore_errors=True)
+    for name, sha in files.items():
+        if not name.startswith("updates/") and expected[name] != sha:
+            is_changed = True
+            copy_synced(os.path.join(root, "incoming", sha), os.path.join(root, name + ".tmp"))
+            os.replace(os.path.join(root, name + ".tmp"), os.path.join(root, name))
+            sync(root)
+    os.makedirs(os.path.join(root, frames), exist_ok=True)
+    return {"is_changed": is_changed}
+
+
+def install(root, identity, wheel, constraints, wheels, pip_arguments, **_):
+    """Make the environment of a runtime, test it, and point `current` at it; keep the one before."""
+    runtime = os.path.join(root, "runtime")
+    home, link = os.path.join(runtime, identity), os.path.join(runtime, "current")
+    os.makedirs(runtime, exist_ok=True)
+    program = os.path.join(home, "bin", "python")
+    before = os.readlink(link) if os.path.islink(link) else ""
+    if not os.path.exists(os.path.join(home, ".complete")):
+        shutil.rmtree(home, ignore_errors=True)
+        say("making an environment in " + home)
+        run([sys.executable, "-m", "venv", home], "python3 -m venv failed; install python3-venv on the board")
+        folder = os.path.join(root, "incoming", "wheels")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        for name, sha in [*wheels.items(), wheel]:
+            os.link(os.path.join(root, "incoming", sha), os.path.join(folder, name))
+        command = [program, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-cache-dir", "-q"]
+        command += ["-c", os.path.join(root, "incoming", constraints)]
+        command += ["--no-index", "--find-links", folder] if wheels else []
+        say("installing the runtime" + (" from the wheels that were sent" if wheels else ""))
+        target = "fieldvit[device] @ file://" + os.path.join(folder, wheel[0]).replace(" ", "%20")
+        run([*command, *pip_arguments, target], "pip could not install the runtime")
+        shutil.rmtree(folder)
+        with open(os.path.join(home, ".complete"), "w"):
+            pass
+        sync(home)
+    say("testing the runtime")
+    run([program, "-c", "import device.app"], "the new runtime cannot be loaded")
+    if os.path.exists(os.path.join(root, "current")):
+        run(
+            [program, "-m", "device.cli", "selftest", "--root", root],
+            "the model does not pass its test with the new runtime",
+        )
+    if before != identity:
+        temporary = link + ".tmp"
+        if os.path.islink(temporary):
+            os.remove(temporary)
+        os.symlink(identity, temporary)
+        os.replace(temporary, link)
+        sync(runtime)
+    for name in os.listdir(runtime):
+        if name not in (identity, before, "current") and before != identity:
+            shutil.rmtree(os.path.join(runtime, name), ignore_errors=True)
+    return {"is_changed": before != identity}
+
+
+def update(root, **_):
+    """Have the agent take the bundle: a running one is asked, else it is installed here and now."""
+    shutil.rmtree(os.path.join(root, "incoming"), ignore_errors=True)
+    program = os.path.join(root, "runtime", "current", "bin", "python")
+    done = subprocess.run([program, "-m", "device.cli", "update", "--root", root, "--json"], capture_output=True)
+    errors = done.stderr.decode(errors="replace").splitlines()
+    lines = [line[len("error: ") :] for line in errors if line.startswith("error: ")]
+    answer = {"code": done.returncode, "error": lines[-1] if lines else "\n".join(errors[-5:])}
+    if done.returncode == 0:
+        answer["model"] = json.loads(done.stdout)
+    return answer
+
+
+def give(root, **_):
+    """What root wrote belongs to the directory's owner; the agent may have to replace it."""
+    owner = os.stat(root)
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        for folder, folders, files in os.walk(root):
+            for name in [*folders, *files]:
+                os.chown(os.path.join(folder, name), owner.st_uid, owner.st_gid, follow_symlinks=False)
+    return {}
+
+
+def files_below(directory):
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            yield os.path.relpath(os.path.join(folder, name), directory)
+
+
+def sha256_of(path):
+    if not os.path.isfile(path):
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while True:
+            chunk = file.read(1 << 20)
+            if not chunk:
+                return digest.hexdigest()
+            digest.update(chunk)
+
+
+def copy_synced(source, target):
+    shutil.copyfile(source, target)
+    with open(target, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync(directory):
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(command, complaint):
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        said = " ".join(done.stdout.decode(errors="replace").split())[-400:]
+        raise SystemExit("error: " + complaint + ": " + said)
+
+
+if __name__ == "__main__":
+    VERBS = {"look": look, "receive": receive, "place": place, "install": install, "update": update, "give": give}
+    try:
+        print(json.dumps(VERBS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    except OSError as error:
+        raise SystemExit("error: {}: {}".format(error.filename or "the board", error.strerror)) from error
