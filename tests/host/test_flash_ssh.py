@@ -191,10 +191,11 @@ class Fleet:
     def flash(self, bundle: Path, wheels: Path) -> Outcome:
         return flash_ssh(bundle, self.remote, repository=self.repository.directory, settings=SETTINGS, wheels=wheels)
 
-    def tree(self) -> dict[str, tuple[int, int]]:
+    def tree(self) -> dict[str, tuple[str, int]]:
+        """Content and time of every file; TUF's client writes its metadata anew at each look."""
         found = self.root.rglob("*")
         return {
-            str(path): (path.lstat().st_mtime_ns, path.lstat().st_size)
+            str(path): (sha256_of(path), 0 if "tuf" in path.parts else path.stat().st_mtime_ns)
             for path in found
             if path.is_file() and path.name not in ("agent.lock",) and "__pycache__" not in path.parts
         }
@@ -224,7 +225,8 @@ def test_a_board_from_nothing_to_a_model_that_is_taken_back(
     first = fleet.flash(fleet.publish(1), wheels)
     assert (first.is_runtime_changed, first.are_files_changed, first.is_updated) == (True, True, True)
     assert (first.model["version"], first.model["state"]) == ("1.0.0", "confirmed")
-    assert {path.owner() for path in fleet.root.rglob("*")} == {server.user}
+    assert {path.lstat().st_uid for path in fleet.root.rglob("*")} == {fleet.root.stat().st_uid}
+    assert fleet.root.owner() == server.user
     assert not (fleet.root / "incoming").exists()
 
     before = fleet.tree()
