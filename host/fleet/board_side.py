@@ -11,12 +11,14 @@ Everything lies under the board's data directory:
 Needs Python 3.11; an older one must still be able to run `look`, so that the message is clear.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 
 def look(root, names, **_):
@@ -55,6 +57,8 @@ def receive(root, sha256, size, offset, **_):
     final = os.path.join(incoming, sha256)
     partial = final + ".partial"
     with open(partial, "ab") as file:
+        lock(file)
+        file.seek(0, os.SEEK_END)
         if file.tell() < offset:
             raise SystemExit("error: the board lost a part of the file; flash again")
         file.truncate(offset)
@@ -178,6 +182,18 @@ def give(root, **_):
             for name in [*folders, *files]:
                 os.chown(os.path.join(folder, name), owner.st_uid, owner.st_gid, follow_symlinks=False)
     return {}
+
+
+def lock(file):
+    """Wait for the receiver of a transfer that was cut: it may not have noticed yet, and writes what it still has."""
+    for _ in range(100):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.3)
+        else:
+            return
+    raise SystemExit("error: the same file is being sent by somebody else; flash again when that is done")
 
 
 def files_below(directory):

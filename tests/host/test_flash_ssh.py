@@ -6,9 +6,11 @@ import random
 import re
 import shutil
 import subprocess
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,7 @@ from host.fleet.flash_ssh import Outcome, flash_ssh, prepare_runtime
 from host.fleet.repository import UpdateRepository
 from host.fleet.runtime_wheel import build_runtime_wheel
 from host.fleet.ssh import DEFAULT_ROOT, Remote, Target
+from tests.support.agent import wait_for
 from tests.support.sshd import SshServer, cutting_proxy, ssh_server
 from tests.support.tiny_bundle import TinyModel, convert_tiny_model, write_bundle, wrong_golden
 from tests.support.wheels import pack_wheel
@@ -32,17 +35,15 @@ BOARD_PYTHON = "/usr/bin/python3"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
-    with ssh_server(tmp_path_factory.mktemp("sshd")) as server:
+def server() -> Iterator[SshServer]:
+    with ssh_server() as server:
         yield server
 
 
 @pytest.fixture
 def remote(server: SshServer, request: pytest.FixtureRequest) -> Remote:
     lines: list[str] = []
-    target = Target(
-        user=server.user, host="127.0.0.1", port=server.port, root=f"{server.home}/{request.node.name[:30]}"
-    )
+    target = Target(user=server.user, host="127.0.0.1", port=server.port, root=f"{server.home}/{request.node.name}")
     return Remote(target=target, key=server.key, known_hosts=server.known_hosts, python=BOARD_PYTHON, tell=lines.append)
 
 
@@ -249,37 +250,40 @@ def test_a_board_from_nothing_to_a_model_that_is_taken_back(
         assert status(fleet, server)["version"] == "2.0.0"
 
 
-class running_agent:
-    """The agent on the board, with frames that no model can use."""
+@contextmanager
+def running_agent(fleet: Fleet, server: SshServer) -> Iterator[None]:
+    """The agent on the board, with a camera whose frames no model can use."""
+    config = fleet.root / "agent.toml"
+    config.write_text(config.read_text() + "\n[runtime]\nsoak_s = 3\n")
+    python = str(fleet.root / "runtime" / "current" / "bin" / "python")
+    as_user = ["runuser", "-u", server.user, "--"] if os.geteuid() == 0 else []
+    process = subprocess.Popen(
+        [*as_user, python, "-m", "device.cli", "run", "--root", str(fleet.root)],
+        cwd=fleet.root,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        stderr=subprocess.DEVNULL,
+    )
+    stop = threading.Event()
+    camera = threading.Thread(target=make_frames, args=(fleet.root / "frames", stop))
+    camera.start()
+    try:
+        wait_for(lambda: bool(status(fleet, server)["running"]), timeout_s=30)
+        wait_for(lambda: "frames" in status(fleet, server), timeout_s=30)
+        yield
+    finally:
+        stop.set()
+        camera.join()
+        server.run("kill", re.search(r"process (\d+)", (fleet.root / "agent.lock").read_text())[1])
+        process.wait(timeout=20)
 
-    def __init__(self, fleet: Fleet, server: SshServer) -> None:
-        self._fleet, self._server = fleet, server
 
-    def __enter__(self) -> None:
-        for number in range(2000):
-            (self._fleet.root / "frames" / f"{number:04d}.ppm").write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
-        config = self._fleet.root / "agent.toml"
-        config.write_text(
-            config.read_text().replace("[source]", "[source]\nmax_fps = 50") + "\n[runtime]\nsoak_s = 3\n"
-        )
-        python = str(self._fleet.root / "runtime" / "current" / "bin" / "python")
-        as_user = ["runuser", "-u", self._server.user, "--"] if os.geteuid() == 0 else []
-        self._process = subprocess.Popen(
-            [*as_user, python, "-m", "device.cli", "run", "--root", str(self._fleet.root)],
-            cwd=self._fleet.root,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 30
-        while not status(self._fleet, self._server)["running"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        time.sleep(2)
-
-    def __exit__(self, *_: object) -> None:
-        pid = re.search(r"process (\d+)", (self._fleet.root / "agent.lock").read_text())[1]
-        self._server.run("kill", pid)
-        self._process.wait(timeout=20)
+def make_frames(directory: Path, stop: threading.Event) -> None:
+    number = 0
+    while not stop.wait(0.1):
+        number += 1
+        part = directory / f"{number:04d}.part"
+        part.write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
+        part.rename(part.with_suffix(".ppm"))
 
 
 def status(fleet: Fleet, server: SshServer) -> dict[str, object]:

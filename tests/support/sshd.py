@@ -5,10 +5,10 @@ Started by root, it lets a user in who is made for the test; else only the user 
 
 import getpass
 import os
-import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.broker import find_free_port, wait_until_listening
-
-TEST_USER = "fieldvit-test"
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,20 @@ class SshServer:
 
 
 @contextmanager
-def ssh_server(directory: Path) -> Iterator[SshServer]:
-    """Run sshd until the block ends. Skips the test where it, or the client, is not installed."""
+def ssh_server() -> Iterator[SshServer]:
+    """Run sshd until the block ends. Skips the test where it, or the client, is not installed.
+
+    Its directory is not one of pytest's, which are closed to other users and are closed again by each run.
+    """
     sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if sshd is None or shutil.which("ssh-keygen") is None:
         pytest.skip("sshd or ssh is not installed")
-    with _user() as user:
-        yield from _serve(sshd, directory, user)
+    with tempfile.TemporaryDirectory(prefix="sshd-") as name, _user() as user:
+        yield from _serve(sshd, Path(name), user)
 
 
 def _serve(sshd: str, directory: Path, user: str) -> Iterator[SshServer]:
-    for parent in [directory, *directory.parents][:3]:  # pytest's own directories; sshd reads the keys as that user
-        parent.chmod(parent.stat().st_mode | 0o011) if parent.stat().st_uid == os.geteuid() else None
+    directory.chmod(0o755)
     for name in ("host", "other", "client"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True)
     home = directory / "home"
@@ -87,15 +87,13 @@ def _user() -> Iterator[str]:
     if os.geteuid() != 0 or shutil.which("useradd") is None:
         yield getpass.getuser()
         return
-    is_new = TEST_USER not in [entry.pw_name for entry in pwd.getpwall()]
-    if is_new:
-        # -p '*': no password, but, unlike '!', not locked: sshd lets no locked user in
-        subprocess.run(["useradd", "--system", "--shell", "/bin/sh", "-p", "*", TEST_USER], check=True)
+    name = f"fieldvit-{os.getpid()}"  # tests run in several processes
+    # -p '*': no password, but, unlike '!', not locked: sshd lets no locked user in
+    subprocess.run(["useradd", "--system", "--shell", "/bin/sh", "-p", "*", name], check=True)
     try:
-        yield TEST_USER
+        yield name
     finally:
-        if is_new:
-            subprocess.run(["userdel", TEST_USER], check=False, capture_output=True)
+        subprocess.run(["userdel", name], check=False, capture_output=True)
 
 
 @contextmanager
