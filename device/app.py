@@ -19,13 +19,14 @@ from device.contract.errors import ConfigError, EngineError, FrameError
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
 from device.frames import DirectorySource, Frame
+from device.home_assistant import INSTALL, discovery, install_topic, state_topic, update_state
 from device.last_run import begin_run, end_run, last_crash
 from device.learned import remove_stale
 from device.metrics import MetricsServer
 from device.modules import forbidden_modules
-from device.mqtt import Connection
+from device.mqtt import Companion, Connection
 from device.notify import Supervisor
-from device.reporter import Reporter
+from device.reporter import Reporter, agent_version
 from device.serving import Model, Serving
 from device.slots import NAMES, Slots
 from device.spool import Spool
@@ -64,7 +65,7 @@ class Agent:
             raise ConfigError(
                 f"{', '.join(found)} is loaded in this process; run the agent where only fieldvit[device] is imported"
             )
-        self._root, self._config, self._stop = root, config, stop
+        self._root, self._config, self._board, self._stop = root, config, board, stop
         self._supervisor = supervisor or Supervisor()
         self._notifier = self._supervisor.notifier
         self._pulse = Pulse()
@@ -235,6 +236,8 @@ class Agent:
         if self._slots.last_number != self._reported_entry:
             self._reported_entry = self._slots.last_number
             self._reporter.journal(self._slots)
+            if self._connection:
+                self._connection.tell_companion()
         now = time.monotonic()
         if now >= self._next_telemetry:
             self._next_telemetry = now + self._runtime.telemetry_interval_s
@@ -350,4 +353,27 @@ class Agent:
             birth=lambda: self._reporter.birth(self._serving.model),
             offline=self._reporter.offline(),
             on_command=self._commands.receive,
+            companion=self._make_companion(),
+        )
+
+    def _make_companion(self) -> Companion | None:
+        """Home Assistant, where it is configured."""
+        wanted, device = self._config.home_assistant, self._config.id
+        if not wanted.enabled:
+            return None
+        found = list(
+            discovery(device, prefix=wanted.prefix, board=self._board.description, agent_version=agent_version())
+        )
+        return Companion(
+            messages=lambda: [*found, (state_topic(device, wanted.prefix), self._update_state())],
+            topic=install_topic(device, wanted.prefix),
+            on_message=lambda payload: self.reload() if payload == INSTALL else None,
+        )
+
+    def _update_state(self) -> bytes:
+        serving, confirmed = self._slots.serving(), self._slots.fallback()
+        return update_state(
+            confirmed.version if confirmed else "",
+            serving.version if serving else "",
+            is_busy=serving is not None and serving.state == "testing",
         )

@@ -11,7 +11,8 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import paho.mqtt.client as paho
@@ -33,6 +34,19 @@ MAX_RESULTS = 1000
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companion:
+    """Another system on the same broker: retained messages (topic, payload) for it, and one topic that it may write to.
+
+    They are sent at each connect and announcement with QoS 0: the next one brings them again. What is retained on its
+    topic is not obeyed: it would be, at each connect.
+    """
+
+    messages: Callable[[], Iterable[tuple[str, bytes]]]
+    topic: str
+    on_message: Callable[[bytes], None]
+
+
 class Connection:
     """Keeps one device connected.
 
@@ -44,6 +58,7 @@ class Connection:
         birth: gives the retained online state, asked at each connect and after `announce`.
         offline: the retained offline state: last will, and goodbye.
         on_command: gets each command's payload in this thread; it must return quickly, and durably.
+        companion: another system that is told of this device.
     """
 
     def __init__(
@@ -56,11 +71,14 @@ class Connection:
         birth: Callable[[], bytes],
         offline: bytes,
         on_command: Callable[[bytes], None],
+        companion: Companion | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._config, self._base, self._device, self._spool = config, base, device, spool
         self._birth, self._offline, self._on_command = birth, offline, on_command
         self._rng = rng or random.Random()  # spreads a fleet's reconnects; nothing secret
+        self._companion, self._companion_due = companion, threading.Event()
+        self._companion_client: paho.Client | None = None
         self._stop = threading.Event()
         self._announce = threading.Event()
         self.thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
@@ -86,6 +104,7 @@ class Connection:
 
     def announce(self) -> None:
         """Publish the state again, soon."""
+        self._companion_due.set()
         self._announce.set()
 
     def publish_result(self, payload: bytes) -> None:
@@ -132,6 +151,7 @@ class Connection:
                 return
             if self.is_connected:
                 self._pump(client)
+                self._tell_companion(client)
             elif time.monotonic() > deadline:
                 self._report("the broker accepted no login in time")
                 return
@@ -170,9 +190,25 @@ class Connection:
         self._trouble = ""
         log.info("connected to %s:%d", self._config.hostname, self._config.port)
 
+    def tell_companion(self) -> None:
+        """Have the companion's messages made and sent again, soon."""
+        self._companion_due.set()
+
+    def _tell_companion(self, client: paho.Client) -> None:
+        if self._companion is None or not (self._companion_due.is_set() or client is not self._companion_client):
+            return
+        self._companion_due.clear()
+        if client is not self._companion_client:
+            client.subscribe(self._companion.topic, qos=1)
+            self._companion_client = client
+        for topic, payload in self._companion.messages():
+            client.publish(topic, payload, qos=0, retain=True)
+
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         if message.topic == self._device.topic("command"):  # amqtt also delivers retained messages nobody asked for
             self._on_command(bytes(message.payload))
+        elif self._companion and message.topic == self._companion.topic and not message.retain:
+            self._companion.on_message(bytes(message.payload))
 
     def _on_publish(
         self, _client: paho.Client, _data: object, mid: int, _reason: ReasonCode, _properties: Properties

@@ -1,7 +1,8 @@
 """Discovery messages: unique, complete, and templates that find what the board really sends."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from jinja2.sandbox import SandboxedEnvironment
 from device.contract.messages import State, Telemetry, encode_state, encode_telemetry
 from device.contract.topics import DeviceId
 from device.home_assistant import SENSORS, discovery, install_topic, node_id, state_topic, update_state
+from device.slots import Slots
+from tests.support.agent import Field
+from tests.support.broker import listen
 
 DEVICE = DeviceId("green_house", "cam-1")
 VALUES = {"frames": 12.0, "latency/p50": 0.0215, "latency/p99": 0.1, "confidence": 0.875, "temperature": 51.5}
@@ -68,6 +72,36 @@ def test_the_update_entity_has_its_topics():
     assert table["payload_install"] == "install"
     state: Mapping[str, Any] = json.loads(update_state("1.0.0", "", is_busy=True))
     assert state == {"installed_version": "1.0.0", "latest_version": "1.0.0", "in_progress": True}
+
+
+def test_an_agent_is_discovered_and_its_button_updates(field: Field, broker_port: int):
+    field.configure(port=broker_port)
+    with (field.root / "agent.toml").open("a") as config:
+        config.write("\n[home_assistant]\nenabled = true\n")
+    board = DeviceId("lab", "cam-1")
+    field.cli("update")
+    with listen(broker_port, f"homeassistant/update/{node_id(board)}") as listener:
+        listener.client.publish(install_topic(board, "homeassistant"), "install", qos=1, retain=True).wait_for_publish(
+            5
+        )
+        with field.agent():
+            assert json.loads(listener.wait_for("config"))["name"] == "Model"
+            listener.wait_for("state", has_versions("1.0.0", "1.0.0"))
+            field.publish(2)
+            listener.client.publish(install_topic(board, "homeassistant"), "fly", qos=1).wait_for_publish(5)
+            time.sleep(0.5)
+            assert Slots(field.root).serving().release == 1  # nor has the retained one been obeyed
+            listener.client.publish(install_topic(board, "homeassistant"), "install", qos=1).wait_for_publish(5)
+            listener.wait_for("state", has_versions("2.0.0", "2.0.0"))
+        listener.client.publish(install_topic(board, "homeassistant"), b"", retain=True).wait_for_publish(5)
+
+
+def has_versions(installed: str, latest: str) -> Callable[[bytes], bool]:
+    def matches(payload: bytes) -> bool:
+        table = json.loads(payload)
+        return (table["installed_version"], table["latest_version"]) == (installed, latest)
+
+    return matches
 
 
 def test_no_two_boards_share_a_name():
