@@ -65,7 +65,8 @@ class Agent:
             raise ConfigError(
                 f"{', '.join(found)} is loaded in this process; run the agent where only fieldvit[device] is imported"
             )
-        self._root, self._config, self._board, self._stop = root, config, board, stop
+        self._root, self._config, self._stop = root, config, stop
+        self._profile = board
         self._supervisor = supervisor or Supervisor()
         self._notifier = self._supervisor.notifier
         self._pulse = Pulse()
@@ -362,7 +363,7 @@ class Agent:
         if not wanted.enabled:
             return None
         found = list(
-            discovery(device, prefix=wanted.prefix, board=self._board.description, agent_version=agent_version())
+            discovery(device, prefix=wanted.prefix, board=self._profile.description, agent_version=agent_version())
         )
         return Companion(
             messages=lambda: [*found, (state_topic(device, wanted.prefix), self._update_state())],
