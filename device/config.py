@@ -12,7 +12,9 @@ hostname = "broker.local"
 port = 1883
 username = "cam-1"
 password_file = "broker.secret" # a path relative to ROOT, like every path here
-ca_file = "ca.pem"
+ca_file = "ca.pem"              # TLS, with these authorities alone
+cert_file = "device.pem"        # this board's certificate; its key may be in the same file
+key_file = "device.key"
 
 [source]
 path = "frames"
@@ -51,6 +53,8 @@ class BrokerConfig:
     username: str | None = None
     password_file: str | None = None
     ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
     def __post_init__(self) -> None:
         if not self.hostname:
@@ -59,6 +63,10 @@ class BrokerConfig:
             raise ConfigError(f"broker.port must be 1..65535, got {self.port}")
         if not 5 <= self.keepalive_s <= 3600:
             raise ConfigError(f"broker.keepalive_s must be 5..3600, got {self.keepalive_s}")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ConfigError("broker.cert_file needs broker.ca_file: who shows a certificate must know to whom")
+        if self.key_file is not None and self.cert_file is None:
+            raise ConfigError("broker.key_file needs broker.cert_file; name both, or neither")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ MQTT 3.1.1, which every broker speaks.
 
 import logging
 import random
+import ssl
 import threading
 import time
 from collections import deque
@@ -195,14 +196,27 @@ def create_client(config: BrokerConfig, base: Path, client_id: str, *, clean_ses
     if config.username is not None:
         client.username_pw_set(config.username, read_password(config, base))
     if config.ca_file is not None:
-        path = base / config.ca_file
-        try:
-            client.tls_set(ca_certs=str(path))
-        except (OSError, ValueError) as error:  # an SSLError is an OSError
-            raise ConfigError(
-                f"{path}: the broker's CA certificates cannot be read ({error}); see broker.ca_file"
-            ) from error
+        client.tls_set_context(_tls_context(config, base))
     return client
+
+
+def _tls_context(config: BrokerConfig, base: Path) -> ssl.SSLContext:
+    """The broker must be one of `ca_file`'s, and have the name that we call it by."""
+    path, what = base / str(config.ca_file), "ca_file"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(path)
+        if config.cert_file is not None:
+            path, what = base / config.cert_file, "cert_file and key_file"
+            context.load_cert_chain(path, base / config.key_file if config.key_file else None, _no_passphrase)
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        raise ConfigError(f"{path}: cannot be used for TLS ({error}); see broker.{what}") from error
+    return context
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the key has a passphrase, which an agent that starts alone cannot give")
 
 
 def read_password(config: BrokerConfig, base: Path) -> str | None:

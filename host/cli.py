@@ -19,6 +19,7 @@ import typer
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
 from host.errors import HostError, RecipeError
+from host.fleet.verbs import fleet_app
 
 app = typer.Typer(
     name="fieldvit",
@@ -324,6 +325,8 @@ def boards(as_json: JsonOption = False) -> None:
     ]
     _print_table(columns, rows, {"boards": [to_table(board) for board in profiles]} if as_json else None)
 
+
+app.add_typer(fleet_app, name="fleet")
 
 models_app = typer.Typer(help="List the models, or draw one.", epilog="Example: fieldvit models --json")
 app.add_typer(models_app, name="models")
