@@ -1,7 +1,7 @@
 """Messages that wait for the broker, in SQLite: written before they are sent, deleted after the acknowledgement.
 
-Bounded by bytes and by age; telemetry is dropped before events and replies, the oldest first, and every drop is counted
-for good. Commands are remembered here too, so that each gets exactly one reply: a command counts as received once it is
+Bounded by bytes and by age; telemetry is dropped before events, these before replies, the oldest first, and every drop is
+counted for good. Commands are remembered here too, so that each gets exactly one reply: a command counts as received once it is
 committed, and its reply is stored in the transaction that marks it done. `synchronous=FULL` with WAL: one fsync for each
 message, a few a minute.
 
@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 T = TypeVar("T")
 
-LOW, HIGH = 0, 1
+LOW, HIGH, URGENT = 0, 1, 2
 SYNCHRONOUS = "FULL"
 COMMANDS_KEPT = 1000
 MAX_COMMANDS = 10_000
@@ -145,14 +145,23 @@ class Spool:
             self._change(store)
             self._sequence += payload is not None
 
-    def pending(self, after: int, limit: int) -> list[Message]:
-        """The oldest messages with a higher id."""
-        query = "SELECT id, kind, payload FROM message WHERE id > ? ORDER BY id LIMIT ?"
+    def pending(self, after: int, limit: int, *, are_replies: bool | None = None) -> list[Message]:
+        """The oldest messages with a higher id: replies, all others, or (None) both."""
+        lane = {None: "", True: f"AND priority = {URGENT}", False: f"AND priority < {URGENT}"}[are_replies]
+        query = f"SELECT id, kind, payload FROM message WHERE id > ? {lane} ORDER BY id LIMIT ?"
         return self._do(lambda db: [Message(*row) for row in db.execute(query, (after, limit))])
 
     def acknowledge(self, message_id: int) -> None:
         """Delete a message that the broker has taken."""
         self._change(lambda db: db.execute("DELETE FROM message WHERE id = ?", (message_id,)))
+
+    def drop(self, message_id: int) -> None:
+        """Delete a message that no broker will take, and count it."""
+
+        def drop(db: sqlite3.Connection) -> None:
+            _count(db, "dropped", db.execute("DELETE FROM message WHERE id = ?", (message_id,)).rowcount)
+
+        self._change(drop)
 
     def receive_command(self, command_id: str, expires: float) -> bool:
         """Remember a command; False when it is known already, answered or not."""
@@ -172,7 +181,7 @@ class Spool:
             # the mark alone is kept with the command: the reply itself is a message
             if db.execute(_ANSWER, (command_id, self._wall_clock(), 0.0, b"")).rowcount == 0:
                 return False
-            self._insert(db, "reply", reply, HIGH)
+            self._insert(db, "reply", reply, URGENT)
             return True
 
         return self._change(answer)
