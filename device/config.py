@@ -6,6 +6,8 @@ board = "raspberry-pi-5"        # a profile of firmware_configs/
 channel = "stable"              # which bundle the update source offers this board
 precision = ""                  # "" = the fastest that passes its self-test; else "int8", "dynamic", ...
 results = false                 # publish every inference result
+snapshot = false                # answer the command snapshot with the last frame; without it no image leaves the board
+refused_commands = []           # verbs that are not obeyed over MQTT, for example ["learn", "undo"]
 
 [broker]                        # optional: without it the agent works offline and keeps its messages
 hostname = "broker.local"
@@ -36,6 +38,7 @@ from pathlib import Path
 
 from device.contract.board import Board, Runtime
 from device.contract.errors import ConfigError
+from device.contract.messages import VERBS
 from device.contract.records import from_table
 from device.contract.topics import DeviceId, is_id
 
@@ -126,6 +129,8 @@ class AgentConfig:
     channel: str = "stable"
     precision: str = ""
     results: bool = False
+    snapshot: bool = False
+    refused_commands: tuple[str, ...] = ()
     broker: BrokerConfig | None = None
     source: SourceConfig = field(default_factory=SourceConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -135,6 +140,9 @@ class AgentConfig:
         for name in ("site", "device", "channel"):
             if not is_id(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r}: use 1 to 64 letters, digits, '_' and '-' only")
+        unknown = [verb for verb in self.refused_commands if verb not in VERBS]
+        if unknown:
+            raise ConfigError(f"refused_commands: {unknown[0]!r} is no command; commands are {', '.join(VERBS)}")
 
     @property
     def id(self) -> DeviceId:

@@ -23,6 +23,11 @@ SCHEMA_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 20
 EVENT_PREFIX = "io.fieldvit."
 EVENT_KINDS = ("installed", "confirmed", "rolled-back", "refused", "drift", "learned", "unlearned", "error")
+VERBS = (
+    *("learn", "undo", "update", "rollback"),
+    *("set-sampling", "snapshot", "rebirth", "diagnostics", "status"),
+)
+"""What a device can be told; `device/commands.py` has their arguments."""
 
 # Telemetry measurements and their SenML units (RFC 8428 section 12.1, RFC 8798 for B). Class counts are `class/LABEL-INDEX`.
 UNITS = {
