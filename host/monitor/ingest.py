@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import paho.mqtt.client as mqtt
@@ -113,6 +114,8 @@ class Ingest:
             manual_ack=True,
         )
         client.username_pw_set(self._broker.username, self._broker.password)
+        if self._broker.tls is not None:
+            client.tls_set_context(self._broker.tls)
         client.reconnect_delay_set(min_delay=1, max_delay=30)
         client.on_connect = self._handle_connect
         client.on_subscribe = self._handle_subscribe
@@ -221,7 +224,8 @@ def record_message(store: Store, device: DeviceId, record: Record, *, received: 
             store.record_telemetry(device, record, received=received)
         case Event():
             store.record_event(device, record, received=received)
-        case Reply():
-            store.record_reply(device, record, received=received)
+        case Reply():  # a picture is for who asked for it, and is not kept
+            kept = replace(record, result={k: v for k, v in record.result.items() if k != "image"})
+            store.record_reply(device, kept, received=received)
         case Result():
             store.record_result(device, record, received=received)
