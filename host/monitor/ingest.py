@@ -43,12 +43,12 @@ BATCH = 200
 RETRY_S = 1.0
 
 Record = State | Telemetry | Event | Reply | Result
-_DECODERS: dict[str, Callable[[bytes], Record]] = {
-    "state": decode_state,
-    "telemetry": decode_telemetry,
-    "event": decode_event,
-    "reply": decode_reply,
-    "result": decode_result,
+_DECODERS: dict[str, Callable[[bytes, DeviceId], Record]] = {
+    "state": lambda payload, _: decode_state(payload),
+    "telemetry": lambda payload, sender: decode_telemetry(payload, sender=sender),
+    "event": lambda payload, sender: decode_event(payload, sender=sender),
+    "reply": lambda payload, _: decode_reply(payload),
+    "result": lambda payload, _: decode_result(payload),
 }
 
 
@@ -199,7 +199,8 @@ class Ingest:
             device, kind = parse_topic(topic)
             if kind == "command":  # the host's own words
                 return device
-            record_message(self._store, device, _DECODERS[kind](payload), received=received, retained=message.retain)
+            record = _DECODERS[kind](payload, device)
+            record_message(self._store, device, record, received=received, retained=message.retain)
         except MonitorError:
             raise
         except Exception as error:  # a sender must not stop the others: whatever it did is kept and shown
