@@ -1,8 +1,8 @@
 """The MQTT connection: sends what lies in the spool, receives commands. The only module that imports paho.
 
 One thread owns the connection, so inference never waits for the network. Each attempt uses a new paho client and no
-client-side session: what was not acknowledged is still in the spool and is sent again (the receiver drops repeated
-sequence numbers), so no message is remembered in two places. The session on the broker is persistent: commands wait there.
+client-side session: what was not acknowledged, and what was just before, is still in the spool and is sent again (the
+receiver drops repeated sequence numbers), so no message is remembered in two places. The session on the broker is persistent: commands wait there.
 
 MQTT 5 first: its reason codes tell a message that the broker took from one that it threw away, and its limits (receive
 maximum, packet size) are kept. A broker that refuses 5 is asked with 3.1.1 from then on. One that hangs up or says nothing
@@ -235,6 +235,7 @@ class Connection:
         self._is_version_known |= self._guesses >= GUESSES
         self._flight.reset(getattr(properties, "ReceiveMaximum", None))
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        self._spool.resend()
         client.subscribe(self._device.topic("command"), qos=1)
         self._announce.set()
         self.is_connected = True

@@ -36,7 +36,7 @@ def mosquitto_config(files: PurePath, *, port: int, address: str = "") -> str:
         "max_inflight_messages 20",
         "persistence true",
         f"persistence_location {files / 'sessions'}/",
-        "autosave_interval 30",
+        "autosave_interval 10",
         "log_dest stderr",
         "log_type error",
         "log_type warning",

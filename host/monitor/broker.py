@@ -214,7 +214,7 @@ def _mosquitto_config(hostname: str, port: int, directory: Path | None) -> str:
     ]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        lines[-1:] = ["persistence true", f"persistence_location {directory.resolve()}/", "autosave_interval 30"]
+        lines[-1:] = ["persistence true", f"persistence_location {directory.resolve()}/", "autosave_interval 10"]
         lines.append(f"user {directory.owner()}")  # started by root, it would drop to a user who may not write there
     return "\n".join(lines) + "\n"
 
