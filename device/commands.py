@@ -33,6 +33,8 @@ from device.spool import Spool
 MAX_QUEUED = 100
 MAX_ID_CHARACTERS = 128
 MAX_ERROR_CHARACTERS = 1000
+REMEMBERED_S = 86400.0
+"""How long a payload without a readable expiry is remembered, unless too many come."""
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +181,7 @@ class Commands:
         """Answer a payload that breaks the contract, under its own id where that can be read."""
         log.warning("command refused: %s", one_line(error)[:MAX_ERROR_CHARACTERS])
         command_id = _readable_id(payload) or f"unreadable-{hashlib.sha256(payload).hexdigest()[:32]}"
-        if self._spool.receive_command(command_id, self._clock()):
+        if self._spool.receive_command(command_id, self._clock() + REMEMBERED_S):
             self._answer(Reply(id=command_id, ok=False, error=one_line(error)))
 
     def _answer(self, reply: Reply) -> None:

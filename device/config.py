@@ -162,7 +162,7 @@ def load_config(root: Path) -> AgentConfig:
         raise ConfigError(f"{path}: no such file; write it ('fieldvit flash' does), or pass --root DIR") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise ConfigError(f"{path}: not TOML ({error})") from error
     return from_table(AgentConfig, table, where=str(path))
 
