@@ -188,7 +188,7 @@ def _accept(
         raise EnrolmentError(f"{url}: answered without a certificate; look at the service's log")
     known = {"site": device.site, "device": device.device, "url": url, "authority": _fingerprint(authority)}
     enrolment = from_table(Enrolment, answer | known, where=f"{url}: answer", error=EnrolmentError)
-    _require_pair(key, certificate, authority, device)
+    _require_pair(key, certificate, authority, device, moment=enrolment.starts)
     write_atomic(directory / AUTHORITY, authority.encode())
     write_atomic(directory / CERTIFICATE, key + certificate.encode(), mode=0o600)
     write_atomic(directory / RECORD, json.dumps(to_table(enrolment), indent=1).encode())
@@ -196,7 +196,7 @@ def _accept(
     return enrolment
 
 
-def _require_pair(key: bytes, certificate: str, authority: str, device: DeviceId) -> None:
+def _require_pair(key: bytes, certificate: str, authority: str, device: DeviceId, *, moment: float) -> None:
     """The certificate is the authority's, for this board and this key: else the board would cut itself off."""
     with tempfile.TemporaryDirectory() as scratch:  # mode 0700
         pair, issuer, leaf = (Path(scratch, name) for name in ("pair.pem", "ca.pem", "leaf.pem"))
@@ -207,7 +207,7 @@ def _require_pair(key: bytes, certificate: str, authority: str, device: DeviceId
             _client_context(authority).load_cert_chain(pair)
         except ssl.SSLError as error:
             raise EnrolmentError(f"the certificate for {device} does not belong to its key; enrol again") from error
-        _openssl("verify", "-no_check_time", "-CAfile", str(issuer), str(leaf))
+        _openssl("verify", "-attime", str(int(moment)), "-CAfile", str(issuer), str(leaf))
         subject = _openssl("x509", "-in", str(leaf), "-noout", "-subject").decode("utf-8", "replace")
     names = re.findall(r"CN\s*=\s*([^,/\n]+)", subject)
     if [name.strip() for name in names] != [device.device]:
@@ -303,7 +303,9 @@ def _exchange(url: str, method: str, path: str, body: bytes | None, context: ssl
         response = connection.getresponse()
         answer = response.read(MAX_ANSWER_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:
-        raise EnrolmentError(f"{url}: cannot be reached ({error or type(error).__name__}); try again later") from error
+        is_time = "not yet valid" in str(error) or "expired" in str(error)
+        advice = "set this board's clock" if is_time else "try again later"
+        raise EnrolmentError(f"{url}: cannot be reached ({error or type(error).__name__}); {advice}") from error
     finally:
         connection.close()
     if len(answer) > MAX_ANSWER_BYTES:

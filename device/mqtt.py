@@ -356,9 +356,12 @@ def _login(config: BrokerConfig, base: Path, protocol: MQTTProtocolVersion) -> R
     """The broker's answer to a login, or None when it hung up or said nothing."""
     outcome: list[ReasonCode] = []
     name = f"fieldvit-doctor-{random.randrange(1 << 32):08x}"
-    client = create_client(config, base, name, protocol=protocol)
+    # A broker may take the certificate's name for our client id, and us for the agent: its session must outlive this.
+    is_persistent = config.cert_file is not None
+    client = create_client(config, base, name, protocol=protocol, is_persistent=is_persistent)
+    client.manual_ack_set(True)
     client.on_connect = lambda _client, _data, _flags, reason, _properties: outcome.append(reason)
-    connect(client, config, protocol, is_persistent=False)
+    connect(client, config, protocol, is_persistent=is_persistent)
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while not outcome and time.monotonic() < deadline and client.loop(timeout=TICK_S) == paho.MQTT_ERR_SUCCESS:
         pass

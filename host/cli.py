@@ -3,6 +3,7 @@
 Verbs parse, call one function and print. Heavy imports happen inside the verb, so `--help` is quick.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -328,13 +329,15 @@ def command(
 ) -> None:
     """Send one command to one board and print its answer, as JSON."""
     from host.fleet.commands import Commander, parse_arguments, take_image
+    from host.fleet.site import hold_identity
     from host.monitor.broker import parse_broker_url, site_broker
 
     values = parse_arguments(arguments or [])
     address = site_broker(site, "operator") if site else parse_broker_url(broker, password_file=broker_password_file)
     receiver = DeviceId(*device.split("/", 1)) if "/" in device else DeviceId("home", device)
     login = {"username": address.username, "password": address.password, "tls": address.tls}
-    with Commander(address.hostname, address.port, **login) as commander:
+    alone = hold_identity(site, "operator") if site else contextlib.nullcontext()
+    with alone, Commander(address.hostname, address.port, **login) as commander:
         reply = commander.send(receiver, verb, values, timeout_s=timeout)
     if not reply.ok:
         raise FleetError(f"{receiver} refused {verb}: {reply.error}")

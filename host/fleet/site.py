@@ -10,6 +10,7 @@ Every rule is decided here, in one transaction each; `enrolment.py` only carries
 """
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
@@ -281,6 +282,17 @@ class Site:
             raise FleetError(
                 f"{path}: cannot be used ({error}); restore it from your backup, or free disk space"
             ) from error
+
+
+@contextmanager
+def hold_identity(directory: Path, role: str) -> Iterator[None]:
+    """Wait until no other process here uses a site's identity: a broker lets each connect once, and ends the one before."""
+    try:
+        with (directory / "identities" / f"{role}.pem").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except FileNotFoundError as error:
+        raise FleetError(f"{error.filename}: is missing; restore it from your backup") from error
 
 
 def create_site(directory: Path, settings: SiteSettings) -> Site:

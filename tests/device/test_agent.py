@@ -17,6 +17,7 @@ from PIL import Image
 from device.app import Agent
 from device.config import load_config
 from device.contract.board import load_board
+from device.contract.errors import EnrolmentError
 from device.contract.messages import (
     Command,
     decode_event,
@@ -413,3 +414,20 @@ def wait_for_log(field: Field, text: str, timeout_s: float = 20) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{text!r} not in the agent's log:\n{field.log}")
         time.sleep(0.05)
+
+
+def test_a_certificate_that_cannot_be_renewed_is_reported_once(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    outcomes = [EnrolmentError("down"), EnrolmentError("down"), None, EnrolmentError("down again")]
+
+    def renew(_: object) -> None:
+        if outcome := outcomes.pop(0):
+            raise outcome
+
+    monkeypatch.setattr("device.app.renew_if_due", renew)
+    for _ in range(4):
+        idle_agent._renew_certificate()
+    events = [decode_event(message.payload) for message in idle_agent._spool.pending(0, 9)]
+    assert [event.data for event in events] == [
+        {"reason": "certificate", "detail": "down"},
+        {"reason": "certificate", "detail": "down again"},
+    ]

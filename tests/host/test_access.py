@@ -14,8 +14,9 @@ import pytest
 
 from device.config import BrokerConfig
 from device.contract.errors import BrokerError
-from device.contract.topics import KINDS
-from device.mqtt import probe
+from device.contract.topics import KINDS, DeviceId
+from device.mqtt import Connection, probe
+from device.spool import Spool
 from host.fleet.authority import Authority, new_key, private_pem
 from tests.support.site import SITE, RunningSite, running_site
 
@@ -177,3 +178,32 @@ def test_a_board_that_enrols_again_is_let_in_again(site, identities):
     pem = site.enrol("back")
     time.sleep(SETTLE_S)
     assert site.say(pem, f"{SITE_TOPICS}/back/event", "hello")
+
+
+def test_a_look_at_the_broker_leaves_the_agent_s_commands_there(site, identities, tmp_path):
+    """`doctor` logs in under the name of the agent, whose session holds what came while it was away."""
+    pem = site.enrol("asleep")
+    config = BrokerConfig(hostname="localhost", port=site.port, ca_file=str(site.authority), cert_file=str(pem))
+    commands: list[bytes] = []
+    for is_awake in (True, False):
+        spool = Spool(tmp_path / "spool.db", max_bytes=10**6, max_age_s=10**6)
+        link = Connection(
+            config,
+            base=tmp_path,
+            device=DeviceId(SITE, "asleep"),
+            spool=spool,
+            birth=lambda: b"{}",
+            offline=b"{}",
+            on_command=commands.append,
+        )
+        link.start()
+        deadline = time.monotonic() + 10
+        while not (link.is_connected and (is_awake or commands)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        link.stop(2.0)
+        spool.close()
+        if is_awake:
+            assert site.say(identities["operator"], f"{SITE_TOPICS}/asleep/command", "order")
+            probe(config, tmp_path)
+    assert commands == [b"order"]
