@@ -303,16 +303,17 @@ def connect(client: paho.Client, config: BrokerConfig, protocol: MQTTProtocolVer
 
 def _tls_context(config: BrokerConfig, base: Path) -> ssl.SSLContext:
     """The broker must be one of `ca_file`'s, and have the name that we call it by."""
-    path, what = base / str(config.ca_file), "ca_file"
+    path, what = base / str(config.ca_file), "the broker's CA certificates cannot be read ({}); see broker.ca_file"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_verify_locations(path)
         if config.cert_file is not None:
-            path, what = base / config.cert_file, "cert_file and key_file"
+            path = base / config.cert_file
+            what = "this board's certificate or key cannot be used ({}); see broker.cert_file and key_file"
             context.load_cert_chain(path, base / config.key_file if config.key_file else None, _no_passphrase)
     except (OSError, ValueError) as error:  # an SSLError is an OSError
-        raise ConfigError(f"{path}: cannot be used for TLS ({error}); see broker.{what}") from error
+        raise ConfigError(f"{path}: {what.format(error)}") from error
     return context
 
 

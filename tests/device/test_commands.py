@@ -133,7 +133,7 @@ def test_a_result_that_cannot_be_sent_is_told(spool: Spool, result):
         max_size=12,
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_each_id_is_obeyed_at_most_once_and_answered_once_over_restarts(sent):
     """Whatever comes under an id again, and wherever the agent stops in between."""
     with tempfile.TemporaryDirectory() as directory:

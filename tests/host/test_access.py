@@ -76,6 +76,7 @@ TOPICS = [f"{SITE_TOPICS}/{device}/{kind}" for device in ("own", "other") for ki
 FOREIGN = ["fieldvit/v1/elsewhere/own/telemetry", "other/topic"]
 
 
+@pytest.mark.slow
 def test_matrix_of_topics_and_identities(site, identities):
     """Everyone listens to everything, everyone says everything: only what the rules allow arrives."""
     listeners = {
@@ -142,6 +143,7 @@ def test_the_agent_s_own_connection_is_let_in_and_others_are_told(site, identiti
         probe(BrokerConfig(hostname="localhost", port=site.port, ca_file=str(site.authority)), site.directory)
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_open_when_its_board_is_revoked_hears_and_says_nothing_more(site, identities):
     pem = site.enrol("gone")
     listener = site.hear(pem, f"{SITE_TOPICS}/gone/command")
