@@ -467,6 +467,10 @@ def parse_broker(url: str) -> Any:
     from host.monitor.broker import parse_broker_url
 
     address = parse_broker_url(url)
+    if address.tls is not None:
+        raise RecipeError(
+            f"--broker {url}: a board joins such a broker with a certificate of its own: fieldvit fleet token"
+        )
     return BrokerSettings(hostname=address.hostname, port=address.port, username=address.username)
 
 

@@ -13,10 +13,10 @@ import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import socket
+from socket import SHUT_RDWR, socket
 from typing import Any
 
 from host.errors import FleetError
@@ -24,6 +24,7 @@ from host.fleet.site import Site
 
 MAX_BODY_BYTES = 32 << 10
 TIMEOUT_S = 10.0
+MAX_REQUEST_S = 30.0
 MAX_AT_ONCE = 32
 
 logger = logging.getLogger(__name__)
@@ -48,21 +49,22 @@ class EnrolmentServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        held: list[socket] = [request]
+        limit = threading.Timer(MAX_REQUEST_S, lambda: _hang_up(held[0]))  # one byte now and then is not enough
+        limit.daemon = True
+        limit.start()
         try:
-            secured = self._secure(request)
-            if secured is not None:
-                super().process_request_thread(secured, client_address)
-        finally:
-            self._places.release()
-
-    def _secure(self, request: socket) -> socket | None:
-        request.settimeout(TIMEOUT_S)
-        try:
-            return self._context.wrap_socket(request, server_side=True)
+            request.settimeout(TIMEOUT_S)
+            held[0] = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            held[0].do_handshake()
         except OSError as error:  # also what is no TLS at all
             logger.info("enrolment: a connection came to nothing (%s)", error)
-            self.shutdown_request(request)
-            return None
+            self.shutdown_request(held[0])
+        else:
+            super().process_request_thread(held[0], client_address)
+        finally:
+            limit.cancel()
+            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.exception("enrolment: a request from %s failed", client_address[0])
@@ -156,6 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         logger.debug("enrolment: " + format, *arguments)
+
+
+def _hang_up(connection: socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(SHUT_RDWR)
 
 
 def _server_context(site: Site) -> ssl.SSLContext:

@@ -118,7 +118,8 @@ def site_broker(directory: Path, role: str) -> BrokerAddress:
 def check_broker_choice(choice: str) -> None:
     """Refuse what is neither a kind of broker nor a URL, before anything is started."""
     if "://" in choice:
-        parse_broker_url(choice)
+        if parse_broker_url(choice).tls is not None:
+            raise MonitorError(f"broker {choice!r}: the board made here has no certificate; give mqtt://HOST:PORT")
     elif choice not in KINDS:
         raise MonitorError(f"broker kind {choice!r} is unknown; kinds are {', '.join(KINDS)}, or give mqtt://HOST:PORT")
 

@@ -10,12 +10,13 @@ import pytest
 
 from device.contract.topics import DeviceId
 from device.identity import enrol
-from host.cli import main
-from host.errors import FleetError, MonitorError
+from host.cli import main, parse_broker
+from host.errors import FleetError, MonitorError, RecipeError
 from host.fleet.broker_files import access_rules
 from host.fleet.commands import Commander, parse_arguments, take_image
 from host.fleet.enrolment import serve_enrolment
 from host.fleet.site import Site, SiteSettings, create_site
+from host.monitor.app import MonitorConfig, _broker
 from host.monitor.broker import parse_broker_url, site_broker
 from host.monitor.ingest import Ingest
 from host.monitor.store import open_store
@@ -169,3 +170,12 @@ def test_a_board_its_monitor_and_its_operator_meet_at_the_site_s_broker(capsys, 
         wait_until(lambda: store.device(CAMERA).status == "offline")
         ingest.stop()
         store.close()
+
+
+def test_a_monitor_of_a_site_uses_its_broker_and_a_board_is_not_flashed_into_it(tmp_path: Path):
+    site = create_site(tmp_path / "lab", SiteSettings(site="lab", broker_hostname="broker.local", broker_port=4883))
+    with _broker(MonitorConfig(store=tmp_path / "m.sqlite", site=site.directory)) as running:
+        assert (running.hostname, running.port, running.kind) == ("broker.local", 4883, "external")
+        assert running.address.tls is not None
+    with pytest.raises(RecipeError, match="with a certificate of its own"):
+        parse_broker("mqtts://broker.local")
