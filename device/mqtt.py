@@ -156,7 +156,7 @@ class Connection:
         name = f"fieldvit-{self._device.site}-{self._device.device}"
         client = create_client(self._config, self._base, name, protocol=self._version, is_persistent=True)
         client.on_connect, client.on_message, client.on_publish = self._on_connect, self._on_message, self._on_publish
-        client.on_disconnect = self._on_disconnect
+        client.on_disconnect, client.on_subscribe = self._on_disconnect, self._on_subscribe
         client.will_set(self._device.topic("state"), self._offline, qos=1, retain=True, properties=self._will())
         connect(client, self._config, self._version, is_persistent=True)
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
@@ -247,6 +247,13 @@ class Connection:
     ) -> None:
         if flags.is_disconnect_packet_from_server:
             self._refusal = self._refusal or f"the broker closed the connection ({reason})"
+
+    def _on_subscribe(
+        self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _properties: object
+    ) -> None:
+        for reason in reasons:
+            if reason.is_failure:  # what this board has to say goes on
+                log.error("mqtt: the broker lets no command through (%s); check its access rules", reason)
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         if message.topic == self._device.topic("command"):  # amqtt also delivers retained messages nobody asked for

@@ -327,3 +327,10 @@ def test_a_client_certificate_and_its_mistakes(tmp_path: Path):
         BrokerConfig(hostname="h", cert_file="c.pem")
     with pytest.raises(ConfigError, match=r"needs broker.cert_file"):
         BrokerConfig(hostname="h", ca_file="c.pem", key_file="k.pem")
+
+
+def test_a_broker_that_lets_no_command_through_is_told_of_and_still_used(tmp_path: Path, caplog):
+    granted = GRANTED_5 + b"\x90\x04\x00\x01\x00\x87"  # SUBACK of packet 1: not authorized
+    with scripted_broker(granted) as (port, _), connection(tmp_path, port) as (link, _):
+        wait_until(lambda: "lets no command through (Not authorized)" in caplog.text)
+        assert link.is_connected
