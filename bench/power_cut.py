@@ -321,7 +321,8 @@ class Bench:
         tally.half_applied += [f"{what}: {problem}" for problem in half]
         if broken or half:
             keep = Path(tempfile.gettempdir()) / f"power-cut-{what.replace(' ', '-').replace(',', '')}"
-            shutil.copytree(root, keep, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(keep, ignore_errors=True)
+            shutil.copytree(root, keep, symlinks=True)
             print(f"  {what}: kept as {keep.name}", flush=True)
         return not broken and not half
 
