@@ -42,8 +42,8 @@ BUNDLE_PER_ARTIFACT = 4
 BUNDLE_EXTRA_BYTES = 64 << 20
 """A bundle may have so many times the board's `artifact_bytes`, and so much beside: it is read into memory to be checked."""
 
-SAME_SPEED = 1.05
-"""Latencies closer than this do not decide among candidates: the board profile's order does."""
+SAME_SPEED, SAME_SPEED_MS = 1.05, 0.1
+"""Latencies closer than this, as a ratio or in milliseconds, do not decide: the board profile's order does."""
 
 
 class _PerhapsBusyError(UpdateRefusedError):
@@ -220,8 +220,9 @@ class Updater:
 
 
 def fastest(tests: list[SelfTest]) -> SelfTest:
-    """The test with the lowest latency; of those that are as fast within `SAME_SPEED`, the first."""
-    limit = SAME_SPEED * min(test.latency_p50_ms for test in tests)
+    """The test with the lowest latency; of those that are as fast within the bounds above, the first."""
+    best = min(test.latency_p50_ms for test in tests)
+    limit = max(SAME_SPEED * best, best + SAME_SPEED_MS)
     return next(test for test in tests if test.latency_p50_ms <= limit)
 
 
