@@ -12,19 +12,24 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from device.commands import Commands, one_line
+from device.commands import Commands, Handler, one_line
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
-from device.contract.errors import ConfigError, EngineError, FrameError
+from device.contract.errors import ConfigError, DeviceError, EngineError, FrameError
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
+from device.contract.records import to_table
+from device.diagnostics import ErrorLog, diagnose
 from device.frames import DirectorySource, Frame
+from device.identity import renew_if_due
 from device.learned import remove_stale
 from device.modules import forbidden_modules
 from device.mqtt import Connection
 from device.reporter import Reporter
+from device.sampling import Sampling, SamplingChange, SamplingStore
 from device.serving import Model, Serving
 from device.slots import NAMES, Slots
+from device.snapshot import take_snapshot
 from device.spool import Spool
 from device.updater import Updater
 from device.verbs import Verbs, status_table
@@ -35,6 +40,9 @@ DRIFT_ALARM = 1.0
 MAX_FAILED_STEPS = 10
 RELOAD_S = 30.0
 """How often a model that could not be loaded, though its files are whole, is tried again."""
+
+RENEWAL_CHECK_S = 6 * 3600.0
+"""How often the agent looks whether its certificate should be renewed; a failed attempt waits as long."""
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +56,7 @@ class Agent:
             raise ConfigError(
                 f"{', '.join(found)} is loaded in this process; run the agent where only fieldvit[device] is imported"
             )
-        self._root, self._config, self._stop = root, config, stop
+        self._root, self._config, self._board, self._stop = root, config, board.name, stop
         self._runtime = runtime = resolve_runtime(board, config.runtime)
         self._spool = Spool(root / "spool.db", max_bytes=runtime.spool_bytes, max_age_s=runtime.spool_age_s)
         self._reporter = Reporter(config.id, board.name, uuid.uuid4().hex[:16], self._spool)
@@ -64,22 +72,45 @@ class Agent:
             reporter=self._reporter,
             announce=self._announce,
         )
-        self._commands = Commands(self._spool, self._verbs.handlers(self.status), was_done=self._verbs.was_done)
+        self._sampling = SamplingStore(
+            root,
+            Sampling(
+                max_fps=config.source.max_fps,
+                telemetry_interval_s=runtime.telemetry_interval_s,
+                results=config.results,
+            ),
+        )
+        self._log = ErrorLog()
+        self._last_frame: Frame | None = None  # held only where snapshots are allowed
+        self._commands = Commands(
+            self._spool,
+            self._verbs.handlers(self.status) | self._own_handlers(),
+            refused=config.refused_commands,
+            was_done=self._verbs.was_done,
+        )
         self._connection = self._make_connection()
         self._status_lock = threading.Lock()
         self._reported_model: Model | None = None
         self._reported_entry = -1
         self._reported_source_errors = 0
         self._frames = self._errors = self._window_errors = 0
-        self._is_drifting = self._is_hot = False
+        self._is_drifting = self._is_hot = self._is_renewal_reported = False
         self._max_celsius = board.budget.soc_temp_celsius
         now = time.monotonic()
-        self._next_frame, self._next_telemetry = now, now + runtime.telemetry_interval_s
+        self._next_frame, self._next_telemetry = now, now + self._sampling.current.telemetry_interval_s
         self._next_check = now + config.update.check_interval_s
         self._next_load = now + RELOAD_S
+        self._next_renewal = now
 
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
+        logging.getLogger().addHandler(self._log)
+        try:
+            return self._serve()
+        finally:
+            logging.getLogger().removeHandler(self._log)
+
+    def _serve(self) -> int:
         for line in self._slots.recover(is_start=True):
             log.warning("recovered: %s", line)
         proven = self._slots.last_number
@@ -107,7 +138,41 @@ class Agent:
             "spool_dropped": self._spool.dropped,
             "results_dropped": self._connection.results_dropped if self._connection else 0,
             "connected": self._connection is not None and self._connection.is_connected,
+            "sampling": to_table(self._sampling.current),
         }
+
+    def _own_handlers(self) -> dict[str, Handler]:
+        return {
+            "set-sampling": self._set_sampling,
+            "snapshot": self._snapshot,
+            "rebirth": self._rebirth,
+            "diagnostics": self._diagnose,
+        }
+
+    def _set_sampling(self, change: SamplingChange, _: str) -> dict[str, Any]:
+        if not change.is_empty:
+            self._sampling.change(change)
+            interval_s = self._sampling.current.telemetry_interval_s
+            self._next_telemetry = min(self._next_telemetry, time.monotonic() + interval_s)
+            self._write_status()
+        return {"sampling": to_table(self._sampling.current)}
+
+    def _snapshot(self, *_: object) -> dict[str, Any]:
+        if not self._config.snapshot:
+            raise ConfigError("snapshot is off on this board; its operator may set snapshot = true in agent.toml")
+        if self._last_frame is None:
+            raise FrameError("snapshot: no frame has come since the agent started")
+        return take_snapshot(self._last_frame)
+
+    def _rebirth(self, *_: object) -> dict[str, Any]:
+        self._announce()
+        return {"boot": self._reporter.boot}
+
+    def _diagnose(self, *_: object) -> dict[str, Any]:
+        protocol = self._connection.protocol if self._connection else None
+        spool = {"depth": self._spool.depth, "bytes": self._spool.payload_bytes, "dropped": self._spool.dropped}
+        about = {"boot": self._reporter.boot, "board": self._board, "protocol": protocol, "spool": spool}
+        return about | diagnose(self._root, self._log)
 
     def _loop(self) -> int:
         failed = 0
@@ -159,18 +224,20 @@ class Agent:
             self._serving.revert(model, "engine", one_line(error))
             return
         latency_s = time.perf_counter() - started
+        self._last_frame = frame if self._config.snapshot else None
         self._frames += 1
         self._serving.count_good_frame(model)
         model.ring.add(frame.frame_id, features)
         model.window.add(latency_s=latency_s, class_index=answer.index, confidence=answer.confidence, features=features)
-        if self._config.results and self._connection:
+        if self._sampling.current.results and self._connection:
             result = Result(frame_id=frame.frame_id, label=answer.label, confidence=answer.confidence, time=time.time())
             self._connection.publish_result(encode_result(result))
         self._pace()
 
     def _pace(self) -> None:
-        if self._config.source.max_fps:
-            self._next_frame = max(self._next_frame + 1 / self._config.source.max_fps, time.monotonic())
+        max_fps = self._sampling.current.max_fps
+        if max_fps:
+            self._next_frame = max(self._next_frame + 1 / max_fps, time.monotonic())
             self._stop.wait(self._next_frame - time.monotonic())
 
     def _count_error(self, reason: str, detail: str) -> None:
@@ -190,11 +257,14 @@ class Agent:
             self._reporter.journal(self._slots)
         now = time.monotonic()
         if now >= self._next_telemetry:
-            self._next_telemetry = now + self._runtime.telemetry_interval_s
+            self._next_telemetry = now + self._sampling.current.telemetry_interval_s
             self._report_window(self._serving.model)
         if self._config.update.check_interval_s and now >= self._next_check:
             self._next_check = now + self._config.update.check_interval_s
             self._check_for_update()
+        if now >= self._next_renewal:
+            self._next_renewal = now + RENEWAL_CHECK_S
+            self._commands.updates.submit(self._renew_certificate)
         if self._serving.model is None and now >= self._next_load:
             self._next_load = now + RELOAD_S
             self._serving.start()
@@ -203,6 +273,18 @@ class Agent:
 
     def _check_for_update(self) -> None:
         self._verbs.request_check(self._commands.updates.submit)
+
+    def _renew_certificate(self) -> None:
+        """In a worker: the connection takes the new certificate when it connects next."""
+        try:
+            renew_if_due(self._root)
+        except DeviceError as error:
+            log.error("the certificate is due for renewal: %s", error)
+            if not self._is_renewal_reported:
+                self._reporter.event("error", reason="certificate", detail=one_line(error))
+            self._is_renewal_reported = True
+        else:
+            self._is_renewal_reported = False
 
     def _dead_threads(self) -> list[str]:
         threads = [*self._commands.threads, *([self._connection.thread] if self._connection else [])]

@@ -19,7 +19,8 @@ import numpy as np
 from device.contract.errors import ArtifactError, LearningError
 from device.contract.manifest import Artifact, Manifest
 from device.golden import arrays_under, read_arrays
-from device.learned import LESSONS_REMEMBERED, LearnedState, LearnedStore
+from device.history import Lesson, is_too_much
+from device.learned import LESSONS_REMEMBERED, LearnedState, LearnedStore, Start
 from device.learning import guard
 from device.learning.guard import Examples
 from device.learning.slda import SLDA
@@ -53,6 +54,9 @@ class Head:
     bias: np.ndarray  # [K]
     kept: Examples
     lessons: tuple[str, ...] = ()
+    history: tuple[Lesson, ...] = ()
+    start: "Head | None" = None
+    """What the lessons of `history` were taught on; None without any."""
 
     def linear(self) -> tuple[np.ndarray, np.ndarray]:
         return self.weight, self.bias
@@ -117,38 +121,100 @@ class Classifier:
             old = self.head
             if lesson and lesson in old.lessons:
                 return old
-            learner, labels = copy.deepcopy(old.learner), old.labels
-            if label not in labels:
-                if len(labels) >= self._spec.max_classes:
-                    raise LearningError(
-                        f"{label!r} would be class {len(labels) + 1}, this model may learn {self._spec.max_classes}"
-                    )
-                learner.add_class()
-                labels = (*labels, label)
-            targets = np.full(len(features), labels.index(label))
-            learner.update(features, targets)
-            lessons = (*old.lessons, lesson)[-LESSONS_REMEMBERED:] if lesson else old.lessons
-            new = _make_head(learner, labels, version=old.version + 1, kept=old.kept, lessons=lessons)
-            guard.check(
-                self._base_head,
-                old,
-                new,
-                guard_features=self.base.guard_features,
-                guard_labels=self.base.guard_labels,
-                new_features=features,
-                new_labels=targets,
-                max_drop=self._spec.max_drop,
+            taught = self._teach(old, label, features)
+            start, history = self._shorten(old.start or old, (*old.history, Lesson(lesson, label, features)))
+            new = replace(
+                taught, version=old.version + 1, lessons=_with(old.lessons, lesson), start=start, history=history
             )
-            is_shipped = label in self.base.labels
-            kept = guard.check_taught(learner, old.kept, Examples(features, targets)[: 0 if is_shipped else None])
-            new = replace(new, kept=kept)
-            if not is_served():
-                raise LearningError("the model was replaced while it learned; nothing was learned, name newer frames")
-            arrays = learner.state()
-            state = LearnedState(labels=labels, version=new.version, arrays=arrays, kept=kept, lessons=lessons)
-            self._store.save(state)
-            self.head = new
+            self._commit(new, is_served)
             return new
+
+    def undo(
+        self, lesson: str = "", *, command: str = "", is_served: Callable[[], bool] = lambda: True
+    ) -> tuple[Head, Lesson]:
+        """Take a lesson back, and commit: labels, statistics and kept examples are as if it had never been.
+
+        The version goes on: a number names one state only.
+
+        Args:
+            lesson: its id; empty for the last one.
+            command: the id of the command that asks for it.
+            is_served: as for `learn`.
+
+        Returns:
+            The new head, and the lesson.
+
+        Raises:
+            LearningError: there is no such lesson (any more), a later one would not have been learned without it, the disk
+                is full, or the model was replaced.
+        """
+        with self._learning:
+            old = self.head
+            taken = _find(old.history, lesson)
+            rest = tuple(other for other in old.history if other is not taken)
+            head = start = old.start or old
+            for other in rest:
+                try:
+                    head = self._teach(head, other.label, other.features)
+                except LearningError as error:
+                    raise LearningError(
+                        f"lesson {taken.id!r} stays: lesson {other.id!r} builds on it ({error}); take that back first"
+                    ) from error
+            new = replace(head, version=old.version + 1, lessons=_with(old.lessons, command), start=start, history=rest)
+            self._commit(new, is_served)
+            return new, taken
+
+    def _teach(self, old: Head, label: str, features: np.ndarray) -> Head:
+        """What `old` becomes by one lesson, past the guard; nothing is committed."""
+        learner, labels = copy.deepcopy(old.learner), old.labels
+        if label not in labels:
+            if len(labels) >= self._spec.max_classes:
+                raise LearningError(
+                    f"{label!r} would be class {len(labels) + 1}, this model may learn {self._spec.max_classes}"
+                )
+            learner.add_class()
+            labels = (*labels, label)
+        targets = np.full(len(features), labels.index(label))
+        learner.update(features, targets)
+        new = _make_head(learner, labels, version=old.version, kept=old.kept)
+        guard.check(
+            self._base_head,
+            old,
+            new,
+            guard_features=self.base.guard_features,
+            guard_labels=self.base.guard_labels,
+            new_features=features,
+            new_labels=targets,
+            max_drop=self._spec.max_drop,
+        )
+        is_shipped = label in self.base.labels
+        kept = guard.check_taught(learner, old.kept, Examples(features, targets)[: 0 if is_shipped else None])
+        return replace(new, kept=kept)
+
+    def _shorten(self, start: Head, history: tuple[Lesson, ...]) -> tuple[Head, tuple[Lesson, ...]]:
+        """Move the oldest lessons into the start until the rest is within its bounds."""
+        while is_too_much(history):
+            oldest, *rest = history
+            start, history = self._teach(start, oldest.label, oldest.features), tuple(rest)
+        return start, history
+
+    def _commit(self, new: Head, is_served: Callable[[], bool]) -> None:
+        if not is_served():
+            raise LearningError("the model was replaced while it learned; nothing was learned, name newer frames")
+        start = None
+        if new.history and new.start is not None and new.start is not self._base_head:
+            start = Start(labels=new.start.labels, arrays=new.start.learner.state(), kept=new.start.kept)
+        state = LearnedState(
+            labels=new.labels,
+            version=new.version,
+            arrays=new.learner.state(),
+            kept=new.kept,
+            lessons=new.lessons,
+            history=new.history,
+            start=start,
+        )
+        self._store.save(state)
+        self.head = new
 
     def has_learned(self, lesson: str) -> bool:
         """Whether the command of this id is among the last lessons."""
@@ -161,14 +227,27 @@ class Classifier:
         try:
             if state.labels[: len(self.base.labels)] != self.base.labels:
                 raise LearningError("its labels are not this bundle's")
-            learner = copy.deepcopy(self.base.learner)
-            learner.restore(state.arrays)
             kept = state.kept or Examples.none(self._spec.feature_dim)
-            _require_kept(kept, learner, first=len(self.base.labels))
-            return _make_head(learner, state.labels, version=state.version, kept=kept, lessons=state.lessons)
+            head = self._restored_head(state.labels, state.arrays, kept)
+            start = self._base_head
+            if state.start is not None:
+                start = self._restored_head(state.start.labels, state.start.arrays, state.start.kept)
+            return replace(
+                head,
+                version=state.version,
+                lessons=state.lessons,
+                history=state.history,
+                start=start if state.history else None,
+            )
         except (ValueError, KeyError) as error:
             self._store.problems.append(f"learned state not used: {self._store.path}: {error}")
             return None
+
+    def _restored_head(self, labels: tuple[str, ...], arrays: dict[str, np.ndarray], kept: Examples) -> Head:
+        learner = copy.deepcopy(self.base.learner)
+        learner.restore(arrays)
+        _require_kept(kept, learner, first=len(self.base.labels))
+        return _make_head(learner, labels, version=0, kept=kept)
 
 
 def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHead:
@@ -188,9 +267,21 @@ def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHe
     return BaseHead(learner=learner, labels=manifest.labels, **beside)
 
 
-def _make_head(
-    learner: SLDA, labels: Sequence[str], *, version: int, kept: Examples, lessons: tuple[str, ...] = ()
-) -> Head:
+def _with(ids: tuple[str, ...], new: str) -> tuple[str, ...]:
+    return (*ids, new)[-LESSONS_REMEMBERED:] if new else ids
+
+
+def _find(history: tuple[Lesson, ...], lesson: str) -> Lesson:
+    """The lesson of that id, or the last one."""
+    for kept in reversed(history):
+        if kept.id == lesson or not lesson:
+            return kept
+    known = ", ".join(repr(kept.id) for kept in history) or "none"
+    wanted = f"lesson {lesson!r}" if lesson else "a lesson"
+    raise LearningError(f"{wanted} cannot be taken back; those that can are: {known}")
+
+
+def _make_head(learner: SLDA, labels: Sequence[str], *, version: int, kept: Examples) -> Head:
     weight, bias = learner.linear()
     if weight.shape[1] != len(labels) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise LearningError(f"the head has {weight.shape[1]} classes for {len(labels)} labels, or is not finite")
@@ -201,7 +292,6 @@ def _make_head(
         weight=weight,
         bias=bias,
         kept=kept,
-        lessons=lessons,
     )
 
 

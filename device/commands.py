@@ -1,27 +1,40 @@
 """Commands over MQTT: each is checked, remembered before it is acknowledged, obeyed in a worker, and answered once.
 
-learn     {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...]}
-update    {"source": "dir:PATH"?, "force": bool?}
-status    {}
-rollback  {}
+learn         {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...]}
+undo          {"lesson": ID?}        the command id of a lesson; without it, the last one
+update        {"source": "dir:PATH"?, "force": bool?}
+rollback      {}
+set-sampling  {"max_fps": F?, "telemetry_interval_s": S?, "results": bool?, "reset": bool?}
+snapshot      {}                     only where agent.toml says snapshot = true
+rebirth       {}                     the retained state is published again
+diagnostics   {}
+status        {}
+
+A payload that cannot be read is answered too: under its id where that can be read, else under `unreadable-` and the
+beginning of its SHA-256. Each id is answered once, whatever comes under it later, also after a restart.
 """
 
+import hashlib
 import json
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from device.contract.errors import DeviceError, MessageError
-from device.contract.messages import Command, Reply, decode_command, encode_reply
+from device.contract.messages import MAX_PAYLOAD_BYTES, Command, Reply, decode_command, encode_reply
 from device.contract.records import from_table
+from device.sampling import SamplingChange
 from device.spool import Spool
 
 MAX_QUEUED = 100
 MAX_ID_CHARACTERS = 128
+MAX_ERROR_CHARACTERS = 1000
+REMEMBERED_S = 86400.0
+"""How long a payload without a readable expiry is remembered, unless too many come."""
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +65,27 @@ class UpdateArguments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UndoArguments:
+    """Which lesson to take back, by the id of its command; None: the last one."""
+
+    lesson: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NoArguments:
     """For verbs that take none."""
 
 
 ARGUMENTS: dict[str, type[Any]] = {
     "learn": LearnArguments,
+    "undo": UndoArguments,
     "update": UpdateArguments,
-    "status": NoArguments,
     "rollback": NoArguments,
+    "set-sampling": SamplingChange,
+    "snapshot": NoArguments,
+    "rebirth": NoArguments,
+    "diagnostics": NoArguments,
+    "status": NoArguments,
 }
 
 
@@ -70,6 +95,7 @@ class Commands:
     Args:
         spool: remembers commands and holds the replies.
         handlers: one for each verb of `ARGUMENTS`.
+        refused: verbs that this board's operator does not want obeyed.
         was_done: the result of a command, by its id, that is known to be done though it has no reply yet.
         clock: wall-clock seconds, to compare with a command's expiry.
     """
@@ -79,10 +105,12 @@ class Commands:
         spool: Spool,
         handlers: dict[str, Handler],
         *,
+        refused: Collection[str] = (),
         was_done: Callable[[str], dict[str, Any] | None] = lambda _: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._spool, self._handlers, self._was_done, self._clock = spool, handlers, was_done, clock
+        self._refused = refused
         self.updates = Worker("updates")
         self._quick = Worker("commands")
 
@@ -107,10 +135,12 @@ class Commands:
         """Take one command. When this returns, it is remembered on the disk, so the broker may forget it."""
         try:
             command = decode_command(payload)
+            if not is_command_id(command.id):
+                raise MessageError(f"its id must have 1 to {MAX_ID_CHARACTERS} printable ASCII characters")
         except MessageError as error:
             self._refuse_unreadable(payload, error)
             return
-        if not self._is_new(command.id, command.expires):
+        if not self._spool.receive_command(command.id, command.expires):
             return
         try:
             arguments = self._check(command)
@@ -124,6 +154,8 @@ class Commands:
     def _check(self, command: Command) -> Any:
         if command.verb not in self._handlers:
             raise MessageError(f"verb {command.verb!r} is unknown; verbs are {', '.join(sorted(self._handlers))}")
+        if command.verb in self._refused:
+            raise MessageError(f"{command.verb} is not allowed on this board; see refused_commands in its agent.toml")
         arguments = from_table(ARGUMENTS[command.verb], command.arguments, where=command.verb, error=MessageError)
         self._require_fresh(command)
         return arguments
@@ -146,24 +178,44 @@ class Commands:
             self._answer(reply)
 
     def _refuse_unreadable(self, payload: bytes, error: MessageError) -> None:
-        """Answer a payload that breaks the contract, if at least its id can be read."""
-        log.warning("command refused: %s", error)
-        try:
-            table = json.loads(payload)
-        except (ValueError, RecursionError):
-            return
-        command_id = table.get("id") if isinstance(table, dict) else None
-        if isinstance(command_id, str) and self._is_new(command_id, self._clock()):
+        """Answer a payload that breaks the contract, under its own id where that can be read."""
+        log.warning("command refused: %s", one_line(error)[:MAX_ERROR_CHARACTERS])
+        command_id = _readable_id(payload) or f"unreadable-{hashlib.sha256(payload).hexdigest()[:32]}"
+        if self._spool.receive_command(command_id, self._clock() + REMEMBERED_S):
             self._answer(Reply(id=command_id, ok=False, error=one_line(error)))
 
-    def _is_new(self, command_id: str, expires: float) -> bool:
-        if not 0 < len(command_id) <= MAX_ID_CHARACTERS or not (command_id.isascii() and command_id.isprintable()):
-            log.warning("command refused: its id must have 1 to %d printable ASCII characters", MAX_ID_CHARACTERS)
-            return False
-        return self._spool.receive_command(command_id, expires)
-
     def _answer(self, reply: Reply) -> None:
-        self._spool.answer_command(reply.id, encode_reply(reply))
+        self._spool.answer_command(reply.id, _encode(reply))
+
+
+def _encode(reply: Reply) -> bytes:
+    """The reply's payload; one that cannot be sent becomes an error that says so."""
+    if reply.error is not None and len(reply.error) > MAX_ERROR_CHARACTERS:
+        reply = replace(reply, error=f"{reply.error[:MAX_ERROR_CHARACTERS]}...")
+    try:
+        payload = encode_reply(reply)
+        problem = f"{len(payload)} bytes" if len(payload) > MAX_PAYLOAD_BYTES else ""
+    except (TypeError, ValueError) as error:
+        payload, problem = b"", str(error)
+    if not problem:
+        return payload
+    log.error("the result of command %s cannot be sent: %s", reply.id, problem)
+    done = f"it was done, but its result cannot be sent ({problem})" if reply.ok else "its error cannot be sent"
+    return encode_reply(Reply(id=reply.id, ok=False, error=f"{done}; see the agent's log"))
+
+
+def _readable_id(payload: bytes) -> str | None:
+    try:
+        table = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    command_id = table.get("id") if isinstance(table, dict) else None
+    return command_id if isinstance(command_id, str) and is_command_id(command_id) else None
+
+
+def is_command_id(text: str) -> bool:
+    """Whether a command may be called so: 1 to 128 printable ASCII characters."""
+    return 0 < len(text) <= MAX_ID_CHARACTERS and text.isascii() and text.isprintable()
 
 
 class Worker(threading.Thread):

@@ -6,13 +6,17 @@ board = "raspberry-pi-5"        # a profile of firmware_configs/
 channel = "stable"              # which bundle the update source offers this board
 precision = ""                  # "" = the fastest that passes its self-test; else "int8", "dynamic", ...
 results = false                 # publish every inference result
+snapshot = false                # answer the command snapshot with the last frame; without it no image leaves the board
+refused_commands = []           # verbs that are not obeyed over MQTT, for example ["learn", "undo"]
 
 [broker]                        # optional: without it the agent works offline and keeps its messages
 hostname = "broker.local"
 port = 1883
 username = "cam-1"
 password_file = "broker.secret" # a path relative to ROOT, like every path here
-ca_file = "ca.pem"
+ca_file = "ca.pem"              # TLS, with these authorities alone
+cert_file = "device.pem"        # this board's certificate; its key may be in the same file
+key_file = "device.key"
 
 [source]
 path = "frames"
@@ -34,6 +38,7 @@ from pathlib import Path
 
 from device.contract.board import Board, Runtime
 from device.contract.errors import ConfigError
+from device.contract.messages import VERBS
 from device.contract.records import from_table
 from device.contract.topics import DeviceId, is_id
 
@@ -51,6 +56,8 @@ class BrokerConfig:
     username: str | None = None
     password_file: str | None = None
     ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
     def __post_init__(self) -> None:
         if not self.hostname:
@@ -59,6 +66,10 @@ class BrokerConfig:
             raise ConfigError(f"broker.port must be 1..65535, got {self.port}")
         if not 5 <= self.keepalive_s <= 3600:
             raise ConfigError(f"broker.keepalive_s must be 5..3600, got {self.keepalive_s}")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ConfigError("broker.cert_file needs broker.ca_file: who shows a certificate must know to whom")
+        if self.key_file is not None and self.cert_file is None:
+            raise ConfigError("broker.key_file needs broker.cert_file; name both, or neither")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +129,8 @@ class AgentConfig:
     channel: str = "stable"
     precision: str = ""
     results: bool = False
+    snapshot: bool = False
+    refused_commands: tuple[str, ...] = ()
     broker: BrokerConfig | None = None
     source: SourceConfig = field(default_factory=SourceConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -127,6 +140,9 @@ class AgentConfig:
         for name in ("site", "device", "channel"):
             if not is_id(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r}: use 1 to 64 letters, digits, '_' and '-' only")
+        unknown = [verb for verb in self.refused_commands if verb not in VERBS]
+        if unknown:
+            raise ConfigError(f"refused_commands: {unknown[0]!r} is no command; commands are {', '.join(VERBS)}")
 
     @property
     def id(self) -> DeviceId:
@@ -146,7 +162,7 @@ def load_config(root: Path) -> AgentConfig:
         raise ConfigError(f"{path}: no such file; write it ('fieldvit flash' does), or pass --root DIR") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise ConfigError(f"{path}: not TOML ({error})") from error
     return from_table(AgentConfig, table, where=str(path))
 

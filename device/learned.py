@@ -4,7 +4,7 @@ The file is named by the backbone whose features it was learned on, and holds th
 another backbone, or another head from the host, it is not loaded. A damaged file is never repaired: the version before is
 used, or the bundle's own head; and it never takes the place of a version before that is sound.
 
-Kept are the learner's statistics, up to `guard.KEPT_PER_CLASS` feature vectors of each class taught here (not images), by
+Kept are the learner's statistics, the last lessons and the state they began at (`history.py`), up to `guard.KEPT_PER_CLASS` feature vectors of each class taught here (not images), by
 which the guard knows the class again, and the ids of the last lessons, so that a command that comes twice is learned once.
 """
 
@@ -21,6 +21,7 @@ from device.contract.bundle import read_manifest
 from device.contract.errors import ArtifactError, LearningError
 from device.contract.files import sync_directory, write_atomic
 from device.golden import arrays_under, read_arrays
+from device.history import Lesson, from_arrays, to_arrays
 from device.learning.guard import Examples
 
 LESSONS_REMEMBERED = 100
@@ -29,14 +30,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What the kept lessons were taught on: all labels, the learner's arrays, and the guard's examples."""
+
+    labels: tuple[str, ...]
+    arrays: dict[str, np.ndarray]
+    kept: Examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedState:
-    """One committed version: all labels, the shipped ones first, the learner's arrays, and the guard's examples."""
+    """One committed version: all labels, the shipped ones first, the learner's arrays, and the guard's examples.
+
+    `lessons` are the ids of the last commands that made it, `history` the lessons that can be taken back, and `start` what
+    these were taught on; None for the bundle's own head.
+    """
 
     labels: tuple[str, ...]
     version: int
     arrays: dict[str, np.ndarray]
     kept: Examples | None = None
     lessons: tuple[str, ...] = ()
+    history: tuple[Lesson, ...] = ()
+    start: Start | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +108,11 @@ class LearnedStore:
         arrays = {f"state/{name}": array for name, array in state.arrays.items()}
         if state.kept is not None:
             arrays |= {"kept/features": state.kept.features, "kept/labels": state.kept.labels}
+        arrays |= {f"history/{name}": array for name, array in to_arrays(state.history).items()}
+        if state.start is not None:
+            arrays |= {f"start/{name}": array for name, array in state.start.arrays.items()}
+            arrays |= {"start_labels": np.array(state.start.labels)}
+            arrays |= {"start_kept/features": state.start.kept.features, "start_kept/labels": state.start.kept.labels}
         np.savez(
             buffer,
             allow_pickle=False,
@@ -147,7 +168,20 @@ def _read(path: Path) -> tuple[LearnedState, str]:
             arrays=arrays_under(arrays, "state"),
             kept=Examples(kept["features"], kept["labels"]) if kept else None,
             lessons=tuple(str(lesson) for lesson in arrays.get("lessons", ())),
+            history=from_arrays(arrays_under(arrays, "history")),
+            start=_read_start(arrays),
         )
         return state, str(arrays["base_head"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: no learned state ({error})") from error
+
+
+def _read_start(arrays: dict[str, np.ndarray]) -> Start | None:
+    if "start_labels" not in arrays:
+        return None
+    kept = arrays_under(arrays, "start_kept")
+    return Start(
+        labels=tuple(str(label) for label in arrays["start_labels"]),
+        arrays=arrays_under(arrays, "start"),
+        kept=Examples(kept["features"], kept["labels"]),
+    )

@@ -1,13 +1,19 @@
 """The MQTT connection: sends what lies in the spool, receives commands. The only module that imports paho.
 
 One thread owns the connection, so inference never waits for the network. Each attempt uses a new paho client and no
-client-side session: what was not acknowledged is still in the spool and is sent again (the receiver drops repeated
-sequence numbers), so no message is remembered in two places. The session on the broker is persistent: commands wait there.
-MQTT 3.1.1, which every broker speaks.
+client-side session: what was not acknowledged, and what was just before, is still in the spool and is sent again (the
+receiver drops repeated sequence numbers), so no message is remembered in two places. The session on the broker is persistent: commands wait there.
+
+MQTT 5 first: its reason codes tell a message that the broker took from one that it threw away, and its limits (receive
+maximum, packet size) are kept. A broker that refuses 5 is asked with 3.1.1 from then on. One that hangs up or says nothing
+is asked with 3.1.1 once, and with 5 again at the next connect, because one that was just stopped does the same; after
+`GUESSES` such connects it is taken for one that knows no 5. No message expiry: what a broker forgets by itself would be lost without being counted. Replies go first: they carry no sequence number,
+and whoever asked waits for them. All else goes in its order.
 """
 
 import logging
 import random
+import ssl
 import threading
 import time
 from collections import deque
@@ -15,20 +21,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.config import BrokerConfig
 from device.contract.errors import BrokerError, ConfigError
+from device.contract.messages import MAX_PAYLOAD_BYTES
 from device.contract.topics import DeviceId
+from device.flight import MAX_MESSAGES, Flight
 from device.spool import Message, Spool, SpoolError
 
-MAX_IN_FLIGHT = 20
 CONNECT_TIMEOUT_S = 5.0
+SESSION_EXPIRY_S = 7 * 86400
+"""How long a broker keeps commands for a board that is away; MQTT 3.1.1 has no such limit."""
+WILL_DELAY_S = 5
+"""A board that is back so soon is not reported as gone."""
+MAX_PACKET_BYTES = 4 * MAX_PAYLOAD_BYTES
+"""What the broker may send us. Beyond the contract's limit, so that a command that is too large can be answered."""
 BACKOFF_S = (1.0, 60.0)
 TICK_S = 0.1
 MAX_RESULTS = 1000
+
+GUESSES = 2
+_MQTT_5, _MQTT_311 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
+_OTHER_PROTOCOL = ("Unsupported protocol version", "Protocol error")
+_HOPELESS = ("Packet too large", "Payload format invalid", "Topic name invalid")
+"""Why a broker will never take a message, however often it comes. Any other refusal may pass."""
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +84,19 @@ class Connection:
         self._stop = threading.Event()
         self._announce = threading.Event()
         self.thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
-        self._in_flight: dict[int, int] = {}  # paho's message id -> the spool's
-        self._last_sent = 0
+        self._flight = Flight()
+        self._last_sent = self._last_reply = 0
+        self._max_packet_bytes: int | None = None  # the broker's
+        self._is_refused = False
+        self._version = _MQTT_5
+        self._is_version_known = False
+        self._guesses = 0  # connects with 3.1.1 in a row, where 5 got no answer
         self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
         self.results_dropped = 0
         self.is_connected = False
         self._trouble = ""
         self._refusal = ""
-        create_client(config, base, "", clean_session=True)  # a missing file is a mistake to report at the start
+        create_client(config, base, "", protocol=_MQTT_5)  # a missing file is a mistake to report at the start
 
     def start(self) -> None:
         self.thread.start()
@@ -83,6 +108,11 @@ class Connection:
             time.sleep(TICK_S / 2)
         self._stop.set()
         self.thread.join(timeout=flush_s)  # a hanging connect must not hold the shutdown up
+
+    @property
+    def protocol(self) -> str:
+        """What is or will be spoken with the broker."""
+        return "MQTT 5" if self._version is _MQTT_5 else "MQTT 3.1.1"
 
     def announce(self) -> None:
         """Publish the state again, soon."""
@@ -111,47 +141,83 @@ class Connection:
                 self.is_connected = False
                 self.results_dropped += len(self._results)
                 self._results.clear()
+            if self._is_refused and self._version is _MQTT_5:
+                self._version = _MQTT_311
+                continue
+            if not self._is_version_known:
+                self._version = _MQTT_5
             failures = 0 if time.monotonic() - started > BACKOFF_S[1] else failures + 1
             self._stop.wait(backoff_s(failures, self._rng))
 
     def _session(self) -> None:
         """Connect and serve until the connection is lost or the agent stops."""
-        self._in_flight.clear()
-        self._last_sent = 0
-        self._refusal = ""
-        client = create_client(
-            self._config, self._base, f"fieldvit-{self._device.site}-{self._device.device}", clean_session=False
-        )
+        self._last_sent = self._last_reply = 0
+        self._refusal, self._is_refused = "", False
+        name = f"fieldvit-{self._device.site}-{self._device.device}"
+        client = create_client(self._config, self._base, name, protocol=self._version, is_persistent=True)
         client.on_connect, client.on_message, client.on_publish = self._on_connect, self._on_message, self._on_publish
-        client.will_set(self._device.topic("state"), self._offline, qos=1, retain=True)
-        client.connect(self._config.hostname, self._config.port, self._config.keepalive_s)
+        client.on_disconnect, client.on_subscribe = self._on_disconnect, self._on_subscribe
+        client.will_set(self._device.topic("state"), self._offline, qos=1, retain=True, properties=self._will())
+        connect(client, self._config, self._version, is_persistent=True)
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
         while not self._stop.is_set():
             if client.loop(timeout=TICK_S) != paho.MQTT_ERR_SUCCESS:
+                self._is_refused |= not (self.is_connected or self._refusal)  # hung up without a word
                 self._report(self._refusal or "the broker closed the connection")
+                return
+            if self.is_connected and self._refusal:  # it throws away what we send: come back later
+                self._report(self._refusal)
+                client.disconnect()
                 return
             if self.is_connected:
                 self._pump(client)
             elif time.monotonic() > deadline:
+                self._is_refused = True
                 self._report("the broker accepted no login in time")
                 return
         if self.is_connected:
             _say_goodbye(client, self._device.topic("state"), self._offline)
 
     def _pump(self, client: paho.Client) -> None:
-        if self._announce.is_set():
+        if self._announce.is_set() and self._flight.room():
             self._announce.clear()
-            client.publish(self._device.topic("state"), self._birth(), qos=1, retain=True)
-        room = MAX_IN_FLIGHT - len(self._in_flight)
-        for message in self._spool.pending(self._last_sent, room) if room > 0 else []:
-            self._send(client, message)
+            birth = self._birth()
+            sent = client.publish(self._device.topic("state"), birth, qos=1, retain=True)
+            self._flight.add(sent.mid, None, len(birth))
+        for message in self._pending(self._last_reply, are_replies=True):
+            if not self._send(client, message):
+                return
+            self._last_reply = message.id
+        for message in self._pending(self._last_sent, are_replies=False):
+            if not self._send(client, message):
+                return
+            self._last_sent = message.id
         while self._results and not client.want_write():  # what paho holds back would pile up in memory
             client.publish(self._device.topic("result"), self._results.popleft(), qos=0)
 
-    def _send(self, client: paho.Client, message: Message) -> None:
-        sent = client.publish(self._device.topic(message.kind), message.payload, qos=1)
-        self._in_flight[sent.mid] = message.id
-        self._last_sent = message.id
+    def _pending(self, after: int, *, are_replies: bool) -> list[Message]:
+        room = self._flight.room()
+        return self._spool.pending(after, room, are_replies=are_replies) if room else []
+
+    def _send(self, client: paho.Client, message: Message) -> bool:
+        """Send or drop a message; False where it must wait."""
+        topic, size = self._device.topic(message.kind), len(message.payload)
+        if self._max_packet_bytes is not None and size + len(topic) + 16 > self._max_packet_bytes:
+            log.error("mqtt: a %s of %d bytes is over the broker's limit and is dropped", message.kind, size)
+            self._spool.drop(message.id)
+            return True
+        if not self._flight.fits(size):
+            return False
+        sent = client.publish(topic, message.payload, qos=1)
+        self._flight.add(sent.mid, message.id, size)
+        return True
+
+    def _will(self) -> Properties | None:
+        if self._version is not _MQTT_5:
+            return None
+        properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+        properties.WillDelayInterval = WILL_DELAY_S
+        return properties
 
     def _on_connect(
         self,
@@ -159,27 +225,53 @@ class Connection:
         _data: object,
         _flags: paho.ConnectFlags,
         reason: ReasonCode,
-        _properties: Properties | None,
+        properties: Properties | None,
     ) -> None:
         if reason.is_failure:
             self._refusal = f"the broker refused the login ({reason})"
+            self._is_refused = self._is_version_known = str(reason) in _OTHER_PROTOCOL
             return
+        self._guesses = self._guesses + 1 if self._version is _MQTT_311 else 0
+        self._is_version_known |= self._guesses >= GUESSES
+        self._flight.reset(getattr(properties, "ReceiveMaximum", None))
+        self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        self._spool.resend()
         client.subscribe(self._device.topic("command"), qos=1)
         self._announce.set()
         self.is_connected = True
         self._trouble = ""
-        log.info("connected to %s:%d", self._config.hostname, self._config.port)
+        log.info("connected to %s:%d with %s", self._config.hostname, self._config.port, self.protocol)
+
+    def _on_disconnect(
+        self, _client: paho.Client, _data: object, flags: paho.DisconnectFlags, reason: ReasonCode, _properties: object
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._refusal = self._refusal or f"the broker closed the connection ({reason})"
+
+    def _on_subscribe(
+        self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _properties: object
+    ) -> None:
+        for reason in reasons:
+            if reason.is_failure:  # what this board has to say goes on
+                log.error("mqtt: the broker lets no command through (%s); check its access rules", reason)
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         if message.topic == self._device.topic("command"):  # amqtt also delivers retained messages nobody asked for
             self._on_command(bytes(message.payload))
 
     def _on_publish(
-        self, _client: paho.Client, _data: object, mid: int, _reason: ReasonCode, _properties: Properties
+        self, _client: paho.Client, _data: object, mid: int, reason: ReasonCode, _properties: Properties
     ) -> None:
-        message_id = self._in_flight.pop(mid, None)
-        if message_id is not None:
+        message_id = self._flight.land(mid)
+        if message_id is None:
+            return
+        if not reason.is_failure:
             self._spool.acknowledge(message_id)
+        elif str(reason) in _HOPELESS:
+            log.error("mqtt: the broker will not take a message (%s); it is dropped", reason)
+            self._spool.drop(message_id)
+        else:  # its rules or its quota may change; the message waits in the spool
+            self._refusal = f"the broker refused a message ({reason}); check its access rules"
 
     def _report(self, trouble: str) -> None:
         if trouble != self._trouble:
@@ -187,22 +279,53 @@ class Connection:
         self._trouble = trouble
 
 
-def create_client(config: BrokerConfig, base: Path, client_id: str, *, clean_session: bool) -> paho.Client:
+def create_client(
+    config: BrokerConfig, base: Path, client_id: str, *, protocol: MQTTProtocolVersion, is_persistent: bool = False
+) -> paho.Client:
     """A paho client with login and TLS as configured, not connected yet; ConfigError when a file is missing or wrong."""
-    client = paho.Client(CallbackAPIVersion.VERSION2, client_id, clean_session, protocol=paho.MQTTv311)
+    clean_session = None if protocol is _MQTT_5 else not is_persistent
+    client = paho.Client(CallbackAPIVersion.VERSION2, client_id, clean_session, protocol=protocol)
     client.connect_timeout = CONNECT_TIMEOUT_S
-    client.max_inflight_messages_set(2 * MAX_IN_FLIGHT)
+    client.max_inflight_messages_set(2 * MAX_MESSAGES)  # ours is the bound; paho must not hold anything back
     if config.username is not None:
         client.username_pw_set(config.username, read_password(config, base))
     if config.ca_file is not None:
-        path = base / config.ca_file
-        try:
-            client.tls_set(ca_certs=str(path))
-        except (OSError, ValueError) as error:  # an SSLError is an OSError
-            raise ConfigError(
-                f"{path}: the broker's CA certificates cannot be read ({error}); see broker.ca_file"
-            ) from error
+        client.tls_set_context(_tls_context(config, base))
     return client
+
+
+def connect(client: paho.Client, config: BrokerConfig, protocol: MQTTProtocolVersion, *, is_persistent: bool) -> None:
+    """Open the connection and ask for the login; OSError when the broker cannot be reached."""
+    if protocol is not _MQTT_5:
+        client.connect(config.hostname, config.port, config.keepalive_s)
+        return
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.SessionExpiryInterval = SESSION_EXPIRY_S if is_persistent else 0
+    properties.ReceiveMaximum = MAX_MESSAGES
+    properties.MaximumPacketSize = MAX_PACKET_BYTES
+    client.connect(
+        config.hostname, config.port, config.keepalive_s, clean_start=not is_persistent, properties=properties
+    )
+
+
+def _tls_context(config: BrokerConfig, base: Path) -> ssl.SSLContext:
+    """The broker must be one of `ca_file`'s, and have the name that we call it by."""
+    path, what = base / str(config.ca_file), "the broker's CA certificates cannot be read ({}); see broker.ca_file"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(path)
+        if config.cert_file is not None:
+            path = base / config.cert_file
+            what = "this board's certificate or key cannot be used ({}); see broker.cert_file and key_file"
+            context.load_cert_chain(path, base / config.key_file if config.key_file else None, _no_passphrase)
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        raise ConfigError(f"{path}: {what.format(error)}") from error
+    return context
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the key has a passphrase, which an agent that starts alone cannot give")
 
 
 def read_password(config: BrokerConfig, base: Path) -> str | None:
@@ -222,23 +345,36 @@ def probe(config: BrokerConfig, base: Path) -> None:
     Raises:
         BrokerError: the broker cannot be reached or refuses the login.
     """
-    outcome: list[ReasonCode] = []
-    client = create_client(config, base, f"fieldvit-doctor-{random.randrange(1 << 32):08x}", clean_session=True)
-    client.on_connect = lambda _client, _data, _flags, reason, _properties: outcome.append(reason)
     address = f"{config.hostname}:{config.port}"
     try:
-        client.connect(config.hostname, config.port, config.keepalive_s)
-        deadline = time.monotonic() + CONNECT_TIMEOUT_S
-        while not outcome and time.monotonic() < deadline and client.loop(timeout=TICK_S) == paho.MQTT_ERR_SUCCESS:
-            pass
-        client.disconnect()
+        reason = _login(config, base, _MQTT_5)
+        if reason is None or str(reason) in _OTHER_PROTOCOL:
+            reason = _login(config, base, _MQTT_311)
     except OSError as error:
         raise BrokerError(
             f"{address} cannot be reached ({error}); check broker.hostname, port and the network"
         ) from error
-    if not outcome or outcome[0].is_failure:
-        answer = str(outcome[0]) if outcome else "no answer"
-        raise BrokerError(f"{address} refused the login ({answer}); check broker.username, password_file and ca_file")
+    if reason is None or reason.is_failure:
+        answer = str(reason) if reason else "no answer"
+        advice = "check broker.username, password_file, ca_file and cert_file"
+        raise BrokerError(f"{address} refused the login ({answer}); {advice}")
+
+
+def _login(config: BrokerConfig, base: Path, protocol: MQTTProtocolVersion) -> ReasonCode | None:
+    """The broker's answer to a login, or None when it hung up or said nothing."""
+    outcome: list[ReasonCode] = []
+    name = f"fieldvit-doctor-{random.randrange(1 << 32):08x}"
+    # A broker may take the certificate's name for our client id, and us for the agent: its session must outlive this.
+    is_persistent = config.cert_file is not None
+    client = create_client(config, base, name, protocol=protocol, is_persistent=is_persistent)
+    client.manual_ack_set(True)
+    client.on_connect = lambda _client, _data, _flags, reason, _properties: outcome.append(reason)
+    connect(client, config, protocol, is_persistent=is_persistent)
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while not outcome and time.monotonic() < deadline and client.loop(timeout=TICK_S) == paho.MQTT_ERR_SUCCESS:
+        pass
+    client.disconnect()
+    return outcome[0] if outcome else None
 
 
 def backoff_s(failures: int, rng: random.Random) -> float:

@@ -1,7 +1,11 @@
-"""Messages that wait for the broker, in SQLite: written before they are sent, deleted after the acknowledgement.
+"""Messages that wait for the broker, in SQLite: written before they are sent, kept until some time after the acknowledgement.
 
-Bounded by bytes and by age; telemetry is dropped before events and replies, the oldest first, and every drop is counted
-for good. Commands are remembered here too, so that each gets exactly one reply: a command counts as received once it is
+A broker that is killed may lose what it has acknowledged and not delivered: what it keeps on disk is written at intervals.
+So telemetry and events stay here for `KEEP_S` after their acknowledgement, and are sent again after each reconnect; the
+receiver drops what it has. Replies are not: whoever asked would get two.
+
+Bounded by bytes and by age; telemetry is dropped before events, these before replies, the oldest first, and every drop is
+counted for good. Commands are remembered here too, so that each gets exactly one reply: a command counts as received once it is
 committed, and its reply is stored in the transaction that marks it done. `synchronous=FULL` with WAL: one fsync for each
 message, a few a minute.
 
@@ -29,7 +33,7 @@ from urllib.parse import quote
 
 T = TypeVar("T")
 
-LOW, HIGH = 0, 1
+LOW, HIGH, URGENT = 0, 1, 2
 SYNCHRONOUS = "FULL"
 COMMANDS_KEPT = 1000
 MAX_COMMANDS = 10_000
@@ -37,19 +41,30 @@ MAX_COMMANDS = 10_000
 MAX_MESSAGE_BYTES = 1 << 20
 MEMORY_BYTES = 2 << 20
 RETRY_S = 10.0
+KEEP_S = 30.0
+"""Longer than the `autosave_interval` of the brokers that we configure."""
+KEPT_BYTES = 1 << 20
+KEPT_SHARE = 8
+"""At most this part of the spool's bytes, too: 1 / KEPT_SHARE."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, payload BLOB NOT NULL,
     priority INTEGER NOT NULL, created REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS message_priority ON message (priority, id);
 CREATE INDEX IF NOT EXISTS message_created ON message (created);
+CREATE TABLE IF NOT EXISTS sent (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, payload BLOB NOT NULL,
+    priority INTEGER NOT NULL, created REAL NOT NULL, acknowledged REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS command (id TEXT PRIMARY KEY, received REAL NOT NULL, expires REAL NOT NULL, reply BLOB);
 CREATE TABLE IF NOT EXISTS counter (name TEXT PRIMARY KEY, value NUMERIC NOT NULL);
-INSERT OR IGNORE INTO counter VALUES ('bytes', 0), ('dropped', 0), ('journal', 0), ('uptime', 0),
+INSERT OR IGNORE INTO counter VALUES ('bytes', 0), ('kept', 0), ('dropped', 0), ('journal', 0), ('uptime', 0),
     ('depth', (SELECT count(*) FROM message));
 CREATE TRIGGER IF NOT EXISTS message_added AFTER INSERT ON message BEGIN
     UPDATE counter SET value = value + length(new.payload) WHERE name = 'bytes'; END;
 CREATE TRIGGER IF NOT EXISTS message_removed AFTER DELETE ON message BEGIN
     UPDATE counter SET value = value - length(old.payload) WHERE name = 'bytes'; END;
+CREATE TRIGGER IF NOT EXISTS sent_added AFTER INSERT ON sent BEGIN
+    UPDATE counter SET value = value + length(new.payload) WHERE name = 'kept'; END;
+CREATE TRIGGER IF NOT EXISTS sent_removed AFTER DELETE ON sent BEGIN
+    UPDATE counter SET value = value - length(old.payload) WHERE name = 'kept'; END;
 CREATE TRIGGER IF NOT EXISTS message_in AFTER INSERT ON message BEGIN
     UPDATE counter SET value = value + 1 WHERE name = 'depth'; END;
 CREATE TRIGGER IF NOT EXISTS message_out AFTER DELETE ON message BEGIN
@@ -145,14 +160,52 @@ class Spool:
             self._change(store)
             self._sequence += payload is not None
 
-    def pending(self, after: int, limit: int) -> list[Message]:
-        """The oldest messages with a higher id."""
-        query = "SELECT id, kind, payload FROM message WHERE id > ? ORDER BY id LIMIT ?"
+    def pending(self, after: int, limit: int, *, are_replies: bool | None = None) -> list[Message]:
+        """The oldest messages with a higher id: replies, all others, or (None) both."""
+        lane = {None: "", True: f"AND priority = {URGENT}", False: f"AND priority < {URGENT}"}[are_replies]
+        query = f"SELECT id, kind, payload FROM message WHERE id > ? {lane} ORDER BY id LIMIT ?"
         return self._do(lambda db: [Message(*row) for row in db.execute(query, (after, limit))])
 
     def acknowledge(self, message_id: int) -> None:
-        """Delete a message that the broker has taken."""
-        self._change(lambda db: db.execute("DELETE FROM message WHERE id = ?", (message_id,)))
+        """The broker has taken a message: it waits no more, and is kept for `resend`."""
+
+        def acknowledge(db: sqlite3.Connection) -> None:
+            now = self._uptime()
+            row = f"SELECT id, kind, payload, priority, created, ? FROM message WHERE id = ? AND priority < {URGENT}"
+            db.execute(f"INSERT OR REPLACE INTO sent {row}", (now, message_id))
+            db.execute("DELETE FROM message WHERE id = ?", (message_id,))
+            self._forget_sent(db, now)
+
+        self._change(acknowledge)
+
+    def resend(self) -> int:
+        """Have what was acknowledged lately sent again, before all else; returns how many messages."""
+
+        def resend(db: sqlite3.Connection) -> int:
+            self._forget_sent(db, self._uptime())
+            columns = "id, kind, payload, priority, created"
+            count = db.execute(f"INSERT INTO message ({columns}) SELECT {columns} FROM sent").rowcount
+            db.execute("DELETE FROM sent")
+            return count
+
+        return self._change(resend)
+
+    def _forget_sent(self, db: sqlite3.Connection, now: float) -> None:
+        db.execute("DELETE FROM sent WHERE acknowledged < ?", (now - KEEP_S,))
+        while _value(db, "kept") > min(KEPT_BYTES, self._max_bytes / KEPT_SHARE):
+            db.execute("DELETE FROM sent WHERE id = (SELECT min(id) FROM sent)")
+
+    def _uptime(self) -> float:
+        """Seconds that the agent has run, over all its starts."""
+        return self._uptime_before + self._clock() - self._started
+
+    def drop(self, message_id: int) -> None:
+        """Delete a message that no broker will take, and count it."""
+
+        def drop(db: sqlite3.Connection) -> None:
+            _count(db, "dropped", db.execute("DELETE FROM message WHERE id = ?", (message_id,)).rowcount)
+
+        self._change(drop)
 
     def receive_command(self, command_id: str, expires: float) -> bool:
         """Remember a command; False when it is known already, answered or not."""
@@ -172,7 +225,7 @@ class Spool:
             # the mark alone is kept with the command: the reply itself is a message
             if db.execute(_ANSWER, (command_id, self._wall_clock(), 0.0, b"")).rowcount == 0:
                 return False
-            self._insert(db, "reply", reply, HIGH)
+            self._insert(db, "reply", reply, URGENT)
             return True
 
         return self._change(answer)
@@ -322,7 +375,7 @@ class Spool:
         if len(payload) > min(max_bytes, MAX_MESSAGE_BYTES):
             _count(db, "dropped", 1)
             return
-        now = self._uptime_before + self._clock() - self._started
+        now = self._uptime()
         query = "INSERT INTO message (kind, payload, priority, created) VALUES (?, ?, ?, ?)"
         db.execute(query, (kind, payload, priority, now if created is None else created))
         dropped = db.execute("DELETE FROM message WHERE created < ?", (now - self._max_age_s,)).rowcount

@@ -1,4 +1,4 @@
-"""What a command makes the agent do: learn, update, rollback, status. Runs in worker threads."""
+"""What a command makes the agent do. Runs in worker threads."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from device.commands import Handler, LearnArguments, NoArguments, UpdateArguments, one_line
+from device.commands import Handler, LearnArguments, NoArguments, UndoArguments, UpdateArguments, one_line
 from device.config import source_directory
 from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError
 from device.contract.records import to_table
@@ -54,8 +54,14 @@ class Verbs:
         self._installing = threading.Lock()
 
     def handlers(self, status: Callable[[], dict[str, Any]]) -> dict[str, Handler]:
-        """One handler for each verb."""
-        return {"learn": self._learn, "update": self._update, "rollback": self._rollback, "status": lambda *_: status()}
+        """One handler for each verb about the model; the agent adds those about itself."""
+        return {
+            "learn": self._learn,
+            "undo": self._undo,
+            "update": self._update,
+            "rollback": self._rollback,
+            "status": lambda *_: status(),
+        }
 
     def check_for_update(self) -> None:
         """An update nobody asked for: a refusal is reported once, not at each look."""
@@ -113,7 +119,7 @@ class Verbs:
         return serving_table(self._slots)
 
     def was_done(self, command_id: str) -> dict[str, Any] | None:
-        """The result of a lesson that was learned, though the agent stopped before it could say so."""
+        """The result of a lesson that was learned or taken back, though the agent stopped before it could say so."""
         model = self._serving.model
         if model is None or not model.classifier.has_learned(command_id):
             return None
@@ -142,6 +148,24 @@ class Verbs:
             "version": head.version,
         }
         self._reporter.event("learned", **result)
+        self._announce()
+        return result
+
+    def _undo(self, arguments: UndoArguments, command_id: str) -> dict[str, Any]:
+        model = self._serving.model
+        if model is None:
+            raise ArtifactError("there is no model, so there is nothing to take back")
+        head, lesson = model.classifier.undo(
+            arguments.lesson or "", command=command_id, is_served=lambda: self._serving.model is model
+        )
+        result = {
+            "lesson": lesson.id,
+            "label": lesson.label,
+            "examples": len(lesson.features),
+            "classes": len(head.labels),
+            "version": head.version,
+        }
+        self._reporter.event("unlearned", reason="undo", **result)
         self._announce()
         return result
 

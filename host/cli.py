@@ -3,6 +3,7 @@
 Verbs parse, call one function and print. Heavy imports happen inside the verb, so `--help` is quick.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -18,7 +19,8 @@ import typer
 
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
-from host.errors import HostError, RecipeError
+from host.errors import FleetError, HostError, RecipeError
+from host.fleet.verbs import fleet_app
 
 app = typer.Typer(
     name="fieldvit",
@@ -280,6 +282,9 @@ def monitor(
     ready_file: Annotated[
         Path | None, typer.Option(help="Write addresses here, as JSON, once everything listens.")
     ] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
+    ] = None,
 ) -> None:
     """Ingest what boards report and serve the page that shows it; starts a broker if none is given."""
     from host.monitor.app import MonitorConfig, run_monitor
@@ -289,6 +294,7 @@ def monitor(
         store=store,
         broker=broker if is_url else None,
         broker_password_file=broker_password_file,
+        site=site,
         broker_kind="auto" if is_url else broker,
         broker_hostname=broker_host,
         broker_port=broker_port,
@@ -300,6 +306,42 @@ def monitor(
         config,
         on_ready=lambda ready: print(f"page {ready.page}, broker {ready.broker} ({ready.broker_kind})", flush=True),
     )
+
+
+@app.command(epilog="Example: fieldvit command greenhouse/cam-1 set-sampling max_fps=5 --site sites/greenhouse")
+def command(
+    device: Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=False)],
+    verb: Annotated[
+        str, typer.Argument(help="status, diagnostics, undo, …; a wrong one lists all.", show_default=False)
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="NAME=VALUE, as the verb takes them.", show_default=False)
+    ] = None,
+    broker: Annotated[str, typer.Option(help="mqtt[s]://[USER@]HOST[:PORT].")] = "mqtt://127.0.0.1:1883",
+    broker_password_file: Annotated[
+        Path | None, typer.Option(help="Its first line is the password for that broker.")
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its operator.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait; the command expires then.")] = 30,
+    image: Annotated[Path | None, typer.Option(help="Where a snapshot is written.")] = None,
+) -> None:
+    """Send one command to one board and print its answer, as JSON."""
+    from host.fleet.commands import Commander, parse_arguments, take_image
+    from host.fleet.site import hold_identity
+    from host.monitor.broker import parse_broker_url, site_broker
+
+    values = parse_arguments(arguments or [])
+    address = site_broker(site, "operator") if site else parse_broker_url(broker, password_file=broker_password_file)
+    receiver = DeviceId(*device.split("/", 1)) if "/" in device else DeviceId("home", device)
+    login = {"username": address.username, "password": address.password, "tls": address.tls}
+    alone = hold_identity(site, "operator") if site else contextlib.nullcontext()
+    with alone, Commander(address.hostname, address.port, **login) as commander:
+        reply = commander.send(receiver, verb, values, timeout_s=timeout)
+    if not reply.ok:
+        raise FleetError(f"{receiver} refused {verb}: {reply.error}")
+    print(json.dumps(take_image(reply.result, image), indent=1))
 
 
 @app.command(epilog="Example: fieldvit boards")
@@ -324,6 +366,8 @@ def boards(as_json: JsonOption = False) -> None:
     ]
     _print_table(columns, rows, {"boards": [to_table(board) for board in profiles]} if as_json else None)
 
+
+app.add_typer(fleet_app, name="fleet")
 
 models_app = typer.Typer(help="List the models, or draw one.", epilog="Example: fieldvit models --json")
 app.add_typer(models_app, name="models")
@@ -423,6 +467,10 @@ def parse_broker(url: str) -> Any:
     from host.monitor.broker import parse_broker_url
 
     address = parse_broker_url(url)
+    if address.tls is not None:
+        raise RecipeError(
+            f"--broker {url}: a board joins such a broker with a certificate of its own: fieldvit fleet token"
+        )
     return BrokerSettings(hostname=address.hostname, port=address.port, username=address.username)
 
 

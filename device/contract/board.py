@@ -101,8 +101,16 @@ def load_board(name: str) -> Board:
     """
     if name not in board_names():
         raise ConfigError(f"board {name!r} is unknown; choose one of {', '.join(board_names())}")
-    text = _profiles().joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return parse_board(name, tomllib.loads(text))
+    return parse_board_text(name, _profiles().joinpath(f"{name}.toml").read_bytes())
+
+
+def parse_board_text(name: str, content: bytes) -> Board:
+    """Build a profile from a file's content; ConfigError where it is no TOML or no profile."""
+    try:
+        table = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise ConfigError(f"{PROFILES}/{name}.toml: not TOML ({error})") from error
+    return parse_board(name, table)
 
 
 def parse_board(name: str, table: dict[str, Any]) -> Board:

@@ -15,6 +15,7 @@ DeviceError                 1
 +-- FrameError              9   (ValueError)    a frame cannot be read or has the wrong shape
 +-- AgentBusyError          10  (RuntimeError)  another process holds this data directory
 +-- InterruptedTestError    11  (RuntimeError)  a self-test was ended from outside; it says nothing about the model
++-- EnrolmentError          24  (RuntimeError)  this board's certificate could not be got, renewed or read
 """
 
 
@@ -110,3 +111,9 @@ class InterruptedTestError(DeviceError, RuntimeError):
     """A self-test was ended from outside before it had an answer; this says nothing about the model."""
 
     exit_code = 11
+
+
+class EnrolmentError(DeviceError, RuntimeError):
+    """This board's certificate could not be got, renewed or read."""
+
+    exit_code = 24

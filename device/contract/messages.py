@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from device.contract.errors import MessageError
 from device.contract.records import from_table, to_table
+from device.contract.senml import RELATIVE_BELOW, Record, resolve
 from device.contract.topics import DeviceId
 
 T = TypeVar("T")
@@ -23,6 +24,11 @@ SCHEMA_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 20
 EVENT_PREFIX = "io.fieldvit."
 EVENT_KINDS = ("installed", "confirmed", "rolled-back", "refused", "drift", "learned", "unlearned", "error")
+VERBS = (
+    *("learn", "undo", "update", "rollback"),
+    *("set-sampling", "snapshot", "rebirth", "diagnostics", "status"),
+)
+"""What a device can be told; `device/commands.py` has their arguments."""
 
 # Telemetry measurements and their SenML units (RFC 8428 section 12.1, RFC 8798 for B). Class counts are `class/LABEL-INDEX`.
 UNITS = {
@@ -46,6 +52,11 @@ MAX_TIME = 253402300800.0  # the year 10000, in Unix seconds
 _BOOT = re.compile(r"[!-~]{1,128}")
 _SEQUENCE = re.compile(r"[0-9]{1,16}")
 _CLASS = re.compile(r"class/[0-9]{1,6}")
+_SOURCE = re.compile(r"fieldvit/[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}/")
+_ATTRIBUTE = re.compile(r"[a-z0-9]+")
+_TIMESTAMP = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +184,13 @@ def decode_result(payload: bytes) -> Result:
 
 
 def encode_telemetry(device: DeviceId, telemetry: Telemetry) -> bytes:
-    """Write a SenML pack; the base record carries name and time, then boot, seq and schema, then the values."""
-    base = {"bn": f"fieldvit/{device}/", "bt": telemetry.time, "n": "boot", "vs": telemetry.boot}
+    """Write a SenML pack; the base record carries name and time, then boot, seq and schema, then the values.
+
+    A clock that shows a year before 1978 was never set. SenML would take such a time for seconds from now, so 0 is sent,
+    which means "now".
+    """
+    time = telemetry.time if telemetry.time >= RELATIVE_BELOW else 0.0
+    base = {"bn": f"fieldvit/{device}/", "bt": time, "n": "boot", "vs": telemetry.boot}
     records: list[dict[str, Any]] = [base, {"n": "seq", "v": telemetry.sequence}, {"n": "schema", "v": SCHEMA_VERSION}]
     for name, value in telemetry.values.items():
         if not math.isfinite(value):
@@ -183,25 +199,59 @@ def encode_telemetry(device: DeviceId, telemetry: Telemetry) -> bytes:
     return _dump(records)
 
 
-def decode_telemetry(payload: bytes) -> Telemetry:
-    """Read a pack that `encode_telemetry` wrote; MessageError names what is wrong."""
-    records = _load(payload, "telemetry")
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        raise MessageError("telemetry: expected a SenML pack, a list of records")
-    by_name = {record["n"]: record for record in records if isinstance(record.get("n"), str)}
-    boot = _boot(by_name.get("boot", {}).get("vs"), "telemetry")
-    sequence = _sequence(by_name.get("seq", {}).get("v"), "telemetry")
-    _require_schema(by_name.get("schema", {}).get("v"), "telemetry")
-    time = _time(records[0].get("bt"), "telemetry")
-    values = {}
+def decode_telemetry(payload: bytes, *, sender: DeviceId | None = None) -> Telemetry:
+    """Read a SenML pack with the content that `encode_telemetry` gives it, however it is divided into bases and records.
+
+    Args:
+        payload: the message.
+        sender: whose topic it came on; None: anybody's.
+
+    Returns:
+        The window; `time` is 0 where the device's clock was not set.
+
+    Raises:
+        MessageError: names what is wrong.
+    """
+    records = resolve(_load(payload, "telemetry"))
+    prefix = _prefix(records[0].name if records else "", sender)
+    by_name: dict[str, Record] = {}
     for record in records:
-        name = record.get("n")
-        if name in ("boot", "seq", "schema"):
-            continue
-        if not isinstance(name, str) or record.get("u") != _unit(name):
-            raise MessageError(f"telemetry: record {name!r} has unit {record.get('u')!r}")
-        values[name] = _number(record.get("v"), f"telemetry: {name}")
+        if not record.name.startswith(prefix):
+            raise MessageError(f"telemetry: record {record.name[:80]!r} is not of {prefix!r}")
+        if record.time != records[0].time:
+            raise MessageError(f"telemetry: record {record.name[:80]!r} has another time than the first")
+        name = record.name.removeprefix(prefix)
+        if name in by_name:
+            raise MessageError(f"telemetry: record {name[:80]!r} is there twice")
+        by_name[name] = record
+    missing = [name for name in ("boot", "seq", "schema") if name not in by_name]
+    if missing:
+        raise MessageError(f"telemetry: record {missing[0]!r} is missing")
+    boot = _boot(by_name.pop("boot").value, "telemetry")
+    sequence = _sequence(by_name.pop("seq").value, "telemetry")
+    _require_schema(by_name.pop("schema").value, "telemetry")
+    time = _time(records[0].time, "telemetry")
+    if 0 < time < RELATIVE_BELOW:
+        raise MessageError(f"telemetry: time {time} is neither now nor after 1978")
+    values = {name: _measurement(record, name) for name, record in by_name.items()}
     return Telemetry(boot=boot, sequence=sequence, time=time, values=values)
+
+
+def _measurement(record: Record, name: str) -> float:
+    if record.unit != _unit(name):
+        raise MessageError(f"telemetry: record {name!r} has unit {record.unit!r}"[:200])
+    if record.sum is not None:
+        raise MessageError(f"telemetry: record {name!r} has a sum")
+    return _number(record.value, f"telemetry: {name}")
+
+
+def _prefix(name: str, sender: DeviceId | None) -> str:
+    """What all names of a pack begin with."""
+    found = _SOURCE.match(name)
+    if found is None or (sender is not None and found[0] != f"fieldvit/{sender}/"):
+        expected = f"fieldvit/{sender or 'SITE/DEVICE'}/"
+        raise MessageError(f"telemetry: names must begin with {expected}, got {name[:80]!r}")
+    return found[0]
 
 
 def encode_event(device: DeviceId, event: Event) -> bytes:
@@ -224,29 +274,66 @@ def encode_event(device: DeviceId, event: Event) -> bytes:
     )
 
 
-def decode_event(payload: bytes) -> Event:
-    """Read an event that `encode_event` wrote; MessageError names what is wrong."""
+def decode_event(payload: bytes, *, sender: DeviceId | None = None) -> Event:
+    """Read an event that `encode_event` wrote.
+
+    Args:
+        payload: the message.
+        sender: whose topic it came on; None: anybody's.
+
+    Raises:
+        MessageError: names what is wrong.
+    """
     table = _load(payload, "event")
-    if not isinstance(table, dict) or table.get("specversion") != "1.0":
-        raise MessageError("event: expected a CloudEvents 1.0 object")
-    kind = _typed(table.get("type"), str, "event: type").removeprefix(EVENT_PREFIX)
-    if kind not in EVENT_KINDS:
-        raise MessageError(f"event: type {table['type']!r} is unknown")
+    _require_cloud_event(table)
+    kind = table["type"].removeprefix(EVENT_PREFIX)
+    if kind not in EVENT_KINDS or not table["type"].startswith(EVENT_PREFIX):
+        raise MessageError(f"event: type {table['type'][:80]!r} is unknown")
+    source = table["source"]
+    if not _SOURCE.fullmatch(f"{source}/") or (sender is not None and source != f"fieldvit/{sender}"):
+        raise MessageError(f"event: source {source[:80]!r} is not fieldvit/{sender or 'SITE/DEVICE'}")
     _require_schema(table.get("schemaversion"), "event")
-    sequence = _typed(table.get("sequence"), str, "event: sequence")
-    if not _SEQUENCE.fullmatch(sequence):
-        raise MessageError(f"event: sequence {sequence[:40]!r} is not a number")
-    try:
-        time = datetime.fromisoformat(_typed(table.get("time"), str, "event: time")).timestamp()
-    except (ValueError, OverflowError, OSError) as error:
-        raise MessageError(f"event: time {table.get('time')!r} is not RFC 3339") from error
+    boot = _boot(table.get("bootid"), "event")
+    number = _typed(table.get("sequence"), str, "event: sequence")
+    if not _SEQUENCE.fullmatch(number):
+        raise MessageError(f"event: sequence {number[:40]!r} is not a number")
+    sequence = _sequence(int(number), "event")
+    if table["id"] != f"{boot}-{sequence}":
+        raise MessageError(f"event: id {table['id'][:80]!r} is not boot id and sequence")
     return Event(
         kind=kind,
-        boot=_boot(table.get("bootid"), "event"),
-        sequence=_sequence(int(sequence), "event"),
-        time=_time(time, "event"),
+        boot=boot,
+        sequence=sequence,
+        time=_rfc3339(table.get("time"), "event"),
         data=_typed(table.get("data"), dict, "event: data"),
     )
+
+
+def _require_cloud_event(table: Any) -> None:
+    """CloudEvents 1.0.2 in JSON: sections 2.1 (names), 2.2 (types) and 3.1 (required attributes)."""
+    if not isinstance(table, dict) or table.get("specversion") != "1.0":
+        raise MessageError("event: expected a CloudEvents 1.0 object")
+    for name in ("id", "source", "type"):
+        if not isinstance(table.get(name), str) or not table[name]:
+            raise MessageError(f"event: {name} must be text, and not empty")
+    for name, value in table.items():
+        if not _ATTRIBUTE.fullmatch(name):
+            raise MessageError(f"event: attribute {name[:40]!r} must be lower-case letters and digits")
+        if name != "data" and not isinstance(value, str | bool | int):
+            raise MessageError(f"event: attribute {name[:40]!r} must be text, a whole number or true or false")
+    if table.get("datacontenttype", "application/json") != "application/json":
+        raise MessageError(f"event: datacontenttype {table['datacontenttype']!r} is not application/json"[:200])
+
+
+def _rfc3339(value: Any, where: str) -> float:
+    text = _typed(value, str, f"{where}: time")
+    if not _TIMESTAMP.fullmatch(text):
+        raise MessageError(f"{where}: time {text[:40]!r} is not RFC 3339")
+    try:
+        moment = datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise MessageError(f"{where}: time {text[:40]!r} is not RFC 3339") from error
+    return _time(moment, where)
 
 
 def _unit(name: str) -> str:

@@ -1,18 +1,22 @@
 """Commands to single devices over MQTT: one order, one answer, or an error that says what to do."""
 
+import base64
 import contextlib
+import json
 import queue
+import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from device.contract.errors import BrokerError, MessageError
-from device.contract.messages import Command, Reply, decode_reply, encode_command
+from device.contract.messages import VERBS, Command, Reply, decode_reply, encode_command
 from device.contract.topics import DeviceId, parse_topic
 from host.errors import FleetError
 
@@ -29,6 +33,38 @@ class CommandTimeoutError(FleetError, TimeoutError):
         self.verb = verb
 
 
+def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """Read `name=value` words; a value that is JSON is taken so (`5`, `true`, `["a"]`), any other as text.
+
+    Raises:
+        FleetError: a word is not of that form, or names something twice.
+    """
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign or not name or name in arguments:
+            raise FleetError(f"argument {word!r}: write NAME=VALUE, each name once, for example max_fps=5")
+        try:
+            arguments[name] = json.loads(text)
+        except ValueError:
+            arguments[name] = text
+    return arguments
+
+
+def take_image(result: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
+    """A reply's result without its picture, which goes to `path` if there is one."""
+    rest = dict(result)
+    if "image" not in rest:
+        return rest
+    try:
+        content = base64.b64decode(rest.pop("image"), validate=True)
+    except (ValueError, TypeError) as error:
+        raise FleetError("the picture in the answer cannot be read; ask again") from error
+    if path is not None:
+        path.write_bytes(content)
+    return rest | {"image_bytes": len(content), "image_file": str(path) if path else None}
+
+
 class Commander:
     """Sends commands through one connection; use it in a `with` block, from any thread."""
 
@@ -39,6 +75,7 @@ class Commander:
         *,
         username: str | None = None,
         password: str | None = None,
+        tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = 5.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -53,6 +90,8 @@ class Commander:
         self._connected = threading.Event()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"fieldvit-{uuid.uuid4().hex[:12]}")
         self._client.username_pw_set(username, password)
+        if tls is not None:
+            self._client.tls_set_context(tls)
         self._client.on_connect = self._handle_connect
         self._client.on_disconnect = self._handle_disconnect
         self._client.on_subscribe = self._handle_subscribe
@@ -80,9 +119,12 @@ class Commander:
         """Send one command and wait for its reply; a reply with `ok = False` is returned, not raised.
 
         Raises:
+            FleetError: there is no such verb.
             BrokerError: the broker cannot be reached.
             CommandTimeoutError: the device did not answer within `timeout_s`; the command expires at the same time.
         """
+        if verb not in VERBS:
+            raise FleetError(f"{verb!r} is no command; commands are {', '.join(VERBS)}")
         deadline = time.monotonic() + timeout_s
         command = Command(
             id=uuid.uuid4().hex, verb=verb, expires=self._clock() + timeout_s, arguments=dict(arguments or {})

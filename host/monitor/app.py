@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.errors import MonitorError
-from host.monitor.broker import DEFAULT_PORT, KINDS, BrokerAddress, RunningBroker, parse_broker_url, start_broker
+from host.monitor.broker import (
+    DEFAULT_PORT,
+    KINDS,
+    BrokerAddress,
+    RunningBroker,
+    parse_broker_url,
+    site_broker,
+    start_broker,
+)
 from host.monitor.hub import Hub
 from host.monitor.ingest import Ingest
 from host.monitor.store import open_store
@@ -23,13 +31,14 @@ CHECK_S = 0.5
 class MonitorConfig:
     """What `run_monitor` needs.
 
-    `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`); without it,
-    one of `broker_kind` is started on `broker_hostname`:`broker_port`. Port 0 means any free port.
+    `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`), and `site` the
+    directory of a site, whose broker is used as its monitor; without either, one of `broker_kind` is started on `broker_hostname`:`broker_port`. Port 0 means any free port.
     """
 
     store: Path
     broker: str | None = None
     broker_password_file: Path | None = None
+    site: Path | None = None
     broker_kind: str = "auto"
     broker_hostname: str = "127.0.0.1"
     broker_port: int = DEFAULT_PORT
@@ -89,6 +98,9 @@ def run_monitor(
 
 @contextmanager
 def _broker(config: MonitorConfig) -> Iterator[RunningBroker]:
+    if config.site is not None:
+        yield RunningBroker(address=site_broker(config.site, "monitor"), kind="external")
+        return
     if config.broker is not None:
         yield RunningBroker(
             address=parse_broker_url(config.broker, password_file=config.broker_password_file), kind="external"

@@ -7,6 +7,7 @@ is for a first look: it sends retained messages twice and forgets sessions at ex
 import asyncio
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from host.errors import MonitorError
 
 KINDS = ("auto", "amqtt", "mosquitto")
 DEFAULT_PORT = 1883
+TLS_PORT = 8883
 START_TIMEOUT_S = 10
 
 
@@ -40,12 +42,13 @@ class PortTakenError(MonitorError, OSError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerAddress:
-    """Where a broker listens and who we are there."""
+    """Where a broker listens and who we are there; `tls` is for `mqtts`, with our certificate where there is one."""
 
     hostname: str
     port: int = DEFAULT_PORT
     username: str | None = None
     password: str | None = None
+    tls: ssl.SSLContext | None = None
 
     def __str__(self) -> str:
         return f"{self.hostname}:{self.port}"
@@ -69,27 +72,54 @@ class RunningBroker:
 
 
 def parse_broker_url(url: str, *, password_file: Path | None = None) -> BrokerAddress:
-    """Read `mqtt://[user@]host[:port]`; a password comes from the first line of a file, never from the URL."""
+    """Read `mqtt[s]://[user@]host[:port]`; a password comes from the first line of a file, never from the URL.
+
+    With `mqtts`, the broker must have a certificate that this machine trusts.
+    """
     parts = urlsplit(url)
-    if parts.scheme != "mqtt" or parts.path.strip("/") or parts.query or parts.fragment:
-        raise MonitorError(f"broker {url.rpartition('@')[2]!r}: expected mqtt://[user@]host[:port]")
+    if parts.scheme not in ("mqtt", "mqtts") or parts.path.strip("/") or parts.query or parts.fragment:
+        raise MonitorError(f"broker {url.rpartition('@')[2]!r}: expected mqtt://[user@]host[:port] or mqtts://…")
     if parts.password is not None:
         raise MonitorError(f"broker {parts.hostname}: a password in a URL can be read by others; put it in a file")
     try:
-        port = DEFAULT_PORT if parts.port is None else parts.port
+        port = (DEFAULT_PORT if parts.scheme == "mqtt" else TLS_PORT) if parts.port is None else parts.port
     except ValueError as error:
         raise MonitorError(f"broker {parts.hostname}: {error}") from error
     if not parts.hostname or port == 0:
         raise MonitorError(f"broker {url}: name a host, and a port of 1..65535, as in mqtt://broker.local:1883")
     return BrokerAddress(
-        hostname=parts.hostname, port=port, username=parts.username, password=_read_password(password_file)
+        hostname=parts.hostname,
+        port=port,
+        username=parts.username,
+        password=_read_password(password_file),
+        tls=ssl.create_default_context() if parts.scheme == "mqtts" else None,
     )
+
+
+def site_broker(directory: Path, role: str) -> BrokerAddress:
+    """The broker of a site that `fieldvit fleet init` made, as its `monitor` or `operator`.
+
+    Raises:
+        FleetError: there is no such site.
+        MonitorError: its certificates cannot be used.
+    """
+    from host.fleet.site import Site  # a monitor without sites needs no authority
+
+    settings = Site(directory).settings
+    identity = directory / "identities" / f"{role}.pem"
+    try:
+        context = ssl.create_default_context(cafile=directory / "ca.pem")
+        context.load_cert_chain(identity)
+    except OSError as error:  # an SSLError is one
+        raise MonitorError(f"{identity}: cannot be used ({error}); restore it from your backup") from error
+    return BrokerAddress(hostname=settings.broker_hostname, port=settings.broker_port, tls=context)
 
 
 def check_broker_choice(choice: str) -> None:
     """Refuse what is neither a kind of broker nor a URL, before anything is started."""
     if "://" in choice:
-        parse_broker_url(choice)
+        if parse_broker_url(choice).tls is not None:
+            raise MonitorError(f"broker {choice!r}: the board made here has no certificate; give mqtt://HOST:PORT")
     elif choice not in KINDS:
         raise MonitorError(f"broker kind {choice!r} is unknown; kinds are {', '.join(KINDS)}, or give mqtt://HOST:PORT")
 
@@ -185,7 +215,7 @@ def _mosquitto_config(hostname: str, port: int, directory: Path | None) -> str:
     ]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        lines[-1:] = ["persistence true", f"persistence_location {directory.resolve()}/", "autosave_interval 30"]
+        lines[-1:] = ["persistence true", f"persistence_location {directory.resolve()}/", "autosave_interval 10"]
         lines.append(f"user {directory.owner()}")  # started by root, it would drop to a user who may not write there
     return "\n".join(lines) + "\n"
 

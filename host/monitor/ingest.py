@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import paho.mqtt.client as mqtt
@@ -42,12 +43,12 @@ BATCH = 200
 RETRY_S = 1.0
 
 Record = State | Telemetry | Event | Reply | Result
-_DECODERS: dict[str, Callable[[bytes], Record]] = {
-    "state": decode_state,
-    "telemetry": decode_telemetry,
-    "event": decode_event,
-    "reply": decode_reply,
-    "result": decode_result,
+_DECODERS: dict[str, Callable[[bytes, DeviceId], Record]] = {
+    "state": lambda payload, _: decode_state(payload),
+    "telemetry": lambda payload, sender: decode_telemetry(payload, sender=sender),
+    "event": lambda payload, sender: decode_event(payload, sender=sender),
+    "reply": lambda payload, _: decode_reply(payload),
+    "result": lambda payload, _: decode_result(payload),
 }
 
 
@@ -113,6 +114,8 @@ class Ingest:
             manual_ack=True,
         )
         client.username_pw_set(self._broker.username, self._broker.password)
+        if self._broker.tls is not None:
+            client.tls_set_context(self._broker.tls)
         client.reconnect_delay_set(min_delay=1, max_delay=30)
         client.on_connect = self._handle_connect
         client.on_subscribe = self._handle_subscribe
@@ -196,7 +199,8 @@ class Ingest:
             device, kind = parse_topic(topic)
             if kind == "command":  # the host's own words
                 return device
-            record_message(self._store, device, _DECODERS[kind](payload), received=received, retained=message.retain)
+            record = _DECODERS[kind](payload, device)
+            record_message(self._store, device, record, received=received, retained=message.retain)
         except MonitorError:
             raise
         except Exception as error:  # a sender must not stop the others: whatever it did is kept and shown
@@ -221,7 +225,8 @@ def record_message(store: Store, device: DeviceId, record: Record, *, received: 
             store.record_telemetry(device, record, received=received)
         case Event():
             store.record_event(device, record, received=received)
-        case Reply():
-            store.record_reply(device, record, received=received)
+        case Reply():  # a picture is for who asked for it, and is not kept
+            kept = replace(record, result={k: v for k, v in record.result.items() if k != "image"})
+            store.record_reply(device, kept, received=received)
         case Result():
             store.record_result(device, record, received=received)

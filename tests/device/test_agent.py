@@ -1,5 +1,8 @@
 """The agent as a process, with real brokers: what it says, what it obeys, and how it leaves."""
 
+import base64
+import hashlib
+import io
 import json
 import os
 import signal
@@ -7,11 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from device.app import Agent
 from device.config import load_config
 from device.contract.board import load_board
+from device.contract.errors import EnrolmentError
 from device.contract.messages import (
     Command,
     decode_event,
@@ -25,7 +31,7 @@ from device.slots import Slots
 from device.spool import Spool
 from tests.support.agent import PREFIX, Field, wait_for
 from tests.support.broker import amqtt, find_free_port, listen, mosquitto
-from tests.support.tiny_bundle import NEW_LABEL, write_frames, wrong_golden
+from tests.support.tiny_bundle import LABELS, NEW_LABEL, make_frames, write_frames, wrong_golden
 
 
 def command(verb: str, command_id: str = "c1", *, expires_in_s: float = 60, **arguments: object) -> bytes:
@@ -112,7 +118,8 @@ def test_every_command_gets_exactly_one_reply(field: Field, broker_port):
         listener.send(b'{"id": "future", "schema": 2}')
         listener.send(b"no JSON")
         listener.send(command("rollback", "last"))
-        wanted = ["interrupted", "again", "late", "unknown", "odd", "future", "last"]
+        no_json = f"unreadable-{hashlib.sha256(b'no JSON').hexdigest()[:32]}"
+        wanted = ["interrupted", "again", "late", "unknown", "odd", "future", "last", no_json]
         replies = {name: decode_reply(listener.wait_for("reply", answers(name))) for name in wanted}
         agent.send_signal(signal.SIGTERM)
         agent.wait(timeout=10)
@@ -121,11 +128,75 @@ def test_every_command_gets_exactly_one_reply(field: Field, broker_port):
     errors = {name: reply.error for name, reply in replies.items() if not reply.ok}
     assert "the agent stopped" in errors["interrupted"]
     assert "expired" in errors["late"]
-    assert "verbs are learn, rollback, status, update" in errors["unknown"]
+    assert "verbs are diagnostics, learn, rebirth" in errors["unknown"]
+    assert "not JSON" in errors[no_json]
     assert "unknown key 'wings'" in errors["odd"]
     assert "schema" in errors["future"]
     assert "no earlier confirmed model" in errors["last"]
     assert not any("\n" in error for error in errors.values())
+
+
+def ask(listener, verb: str, command_id: str, **arguments: object):
+    listener.send(command(verb, command_id, **arguments))
+    return decode_reply(listener.wait_for("reply", answers(command_id)))
+
+
+def test_a_lesson_is_taken_back_and_sampling_is_kept_over_a_restart(field: Field, broker_port):
+    field.configure(port=broker_port)
+    with listen(broker_port, PREFIX) as listener, field.agent() as agent:
+        listener.wait_for("event", is_event("confirmed"))
+        write_frames(field.root / "frames", 10, 4)
+        listener.wait_for("telemetry", lambda payload: decode_telemetry(payload).values.get("frames", 0) > 0)
+        frames = [f"c4-0-{i:04d}" for i in range(10)]
+        assert ask(listener, "learn", "lesson", label=NEW_LABEL, frame_ids=frames).ok
+        reply = ask(listener, "undo", "back", lesson="lesson")
+        assert (reply.ok, reply.result["label"], reply.result["classes"]) == (True, NEW_LABEL, 4)
+        event = decode_event(listener.wait_for("event", is_event("unlearned")))
+        assert (event.data["reason"], event.data["lesson"]) == ("undo", "lesson")
+        assert "those that can are: none" in ask(listener, "undo", "back-2").error
+
+        assert (
+            "telemetry_interval_s must be 1..86400"
+            in ask(listener, "set-sampling", "s1", telemetry_interval_s=0.1).error
+        )
+        assert ask(listener, "set-sampling", "s2", results=True, max_fps=100).result["sampling"] == {
+            "max_fps": 100.0,
+            "telemetry_interval_s": 0.5,
+            "results": True,
+        }
+        write_frames(field.root / "frames", 1, 0, seed=3)
+        listener.wait_for("result")
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(timeout=10)
+    with listen(broker_port, PREFIX) as listener, field.agent():
+        status = ask(listener, "status", "st")
+        assert status.result["sampling"]["results"] is True
+        assert status.result["labels"] == list(LABELS)
+        assert ask(listener, "set-sampling", "s3", reset=True).result["sampling"]["results"] is False
+
+
+def test_an_image_leaves_the_board_only_where_its_operator_allows_it(field: Field, broker_port):
+    field.configure(port=broker_port)
+    with listen(broker_port, PREFIX) as listener, field.agent():
+        listener.wait_for("event", is_event("confirmed"))
+        write_frames(field.root / "frames", 1, 0)
+        assert "snapshot = true in agent.toml" in ask(listener, "snapshot", "off").error
+    field.configure(port=broker_port, top='snapshot = true\nrefused_commands = ["learn"]')
+    with listen(broker_port, PREFIX) as listener, field.agent():
+        listener.wait_for("telemetry", lambda payload: decode_telemetry(payload).values.get("frames", 0) > 0)
+        reply = ask(listener, "snapshot", "on")
+        assert reply.ok, reply.error
+        image = Image.open(io.BytesIO(base64.b64decode(reply.result["image"])))
+        assert (image.size, image.mode, reply.result["frame_id"]) == ((8, 8), "L", "c0-0-0000")
+        assert np.array_equal(np.asarray(image), make_frames(1, 0)[0, :, :, 0])
+        assert "not allowed on this board" in ask(listener, "learn", "no", label="x", frame_ids=["c0-0-0000"]).error
+        report = ask(listener, "diagnostics", "d").result
+        assert report["protocol"] == "MQTT 5"
+        assert {"mqtt", "commands", "updates"} <= set(report["threads"])
+        assert {"python", "numpy", "paho-mqtt", "openssl"} <= report["versions"].keys()
+        born = len(listener.all("state"))
+        assert ask(listener, "rebirth", "r").ok
+        wait_for(lambda: len(listener.all("state")) > born)
 
 
 def test_messages_wait_while_the_broker_is_away(field: Field, tmp_path):
@@ -272,7 +343,7 @@ def test_a_model_that_can_use_no_frame_gives_way(field: Field):
     field.publish(2)
     field.configure(update="check_interval_s = 0.1")
     with field.agent():
-        wait_for(lambda: Slots(field.root).serving().release == 2)
+        wait_for(lambda: "event installed: {'slot': 'b'" in field.log)  # the link is switched a moment before the model
         (field.root / "frames" / "color.part").write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
         (field.root / "frames" / "color.part").rename(field.root / "frames" / "color.ppm")
         wait_for(lambda: Slots(field.root).state("b").state == "rejected")
@@ -343,3 +414,20 @@ def wait_for_log(field: Field, text: str, timeout_s: float = 20) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{text!r} not in the agent's log:\n{field.log}")
         time.sleep(0.05)
+
+
+def test_a_certificate_that_cannot_be_renewed_is_reported_once(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    outcomes = [EnrolmentError("down"), EnrolmentError("down"), None, EnrolmentError("down again")]
+
+    def renew(_: object) -> None:
+        if outcome := outcomes.pop(0):
+            raise outcome
+
+    monkeypatch.setattr("device.app.renew_if_due", renew)
+    for _ in range(4):
+        idle_agent._renew_certificate()
+    events = [decode_event(message.payload) for message in idle_agent._spool.pending(0, 9)]
+    assert [event.data for event in events] == [
+        {"reason": "certificate", "detail": "down"},
+        {"reason": "certificate", "detail": "down again"},
+    ]

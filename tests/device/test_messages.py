@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -90,7 +91,8 @@ def test_records_come_back_as_they_were_sent(state, command, reply, result):
 @given(telemetries)
 def test_telemetry_comes_back_and_is_senml(telemetry):
     payload = encode_telemetry(DEVICE, telemetry)
-    assert decode_telemetry(payload) == telemetry
+    expected = telemetry if telemetry.time >= 2**28 else replace(telemetry, time=0.0)  # a clock that was never set
+    assert decode_telemetry(payload, sender=DEVICE) == expected
     records = json.loads(payload)
     assert records[0]["bn"] == "fieldvit/lab/cam-1/"
     assert all(
@@ -206,3 +208,62 @@ def test_sequences_out_of_range_are_refused(sequence):
     payload = encode_telemetry(DEVICE, Telemetry(boot="b", sequence=sequence, time=0.0, values={}))
     with pytest.raises(MessageError, match="sequence must be"):
         decode_telemetry(payload)
+
+
+TELEMETRY = Telemetry(boot="b", sequence=7, time=1.7e9, values={"drift": 0.25, "class/0": 3.0})
+
+
+def test_a_pack_that_is_divided_in_another_way_says_the_same():
+    records = [
+        {"bn": "fieldvit/lab/", "bt": 1.7e9 - 5, "n": "cam-1/boot", "vs": "b", "t": 5},
+        {"n": "cam-1/seq", "v": 7, "t": 5, "unknown": "ignored"},
+        {"bn": "fieldvit/lab/cam-1/", "bt": 1.7e9, "n": "schema", "v": 1},
+        {"bu": "/", "n": "drift", "v": 0.25},
+        {"bv": 1, "n": "class/0", "v": 2, "u": "count"},
+    ]
+    assert decode_telemetry(json.dumps(records).encode(), sender=DEVICE) == TELEMETRY
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bn": "fieldvit/lab/cam-2/"}, "names must begin with fieldvit/lab/cam-1/"),
+        ({"bn": "elsewhere/lab/cam-1/"}, "names must begin with"),
+        ({"bt": 100.0}, "neither now nor after 1978"),
+        ({"bver": 11}, "bver 11"),
+        ({"v": 1}, "more than one value"),
+        ({"x_": 1}, "must be understood"),
+        ({"bs": 1.0}, "has a sum"),
+    ],
+)
+def test_packs_of_others_and_of_other_versions_are_refused(change, message):
+    records = json.loads(encode_telemetry(DEVICE, TELEMETRY))
+    records[0] |= change
+    with pytest.raises(MessageError, match=message):
+        decode_telemetry(json.dumps(records).encode(), sender=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "fieldvit/lab/cam-2"}, "source 'fieldvit/lab/cam-2' is not fieldvit/lab/cam-1"),
+        ({"id": "b-8"}, "is not boot id and sequence"),
+        ({"id": ""}, "id must be text, and not empty"),
+        ({"source": None}, "source must be text"),
+        ({"specversion": "0.3"}, "CloudEvents 1.0"),
+        ({"Subject": "x"}, "lower-case letters and digits"),
+        ({"extension": [1]}, "must be text, a whole number"),
+        ({"datacontenttype": "text/xml"}, "is not application/json"),
+        ({"time": "2026-01-01"}, "is not RFC 3339"),
+        ({"time": "2026-01-01T00:00:00"}, "is not RFC 3339"),
+        ({"time": "2026-W01-1T00:00:00Z"}, "is not RFC 3339"),
+        ({"type": "drift"}, "type 'drift' is unknown"),
+    ],
+)
+def test_events_that_are_no_cloudevents_or_others_are_refused(change, message):
+    event = json.loads(encode_event(DEVICE, Event(kind="drift", boot="b", sequence=7, time=1.7e9, data={})))
+    decode_event(
+        json.dumps(event | {"subject": "x", "traceparent": "y"}).encode(), sender=DEVICE
+    )  # extensions may come
+    with pytest.raises(MessageError, match=message):
+        decode_event(json.dumps(event | change).encode(), sender=DEVICE)

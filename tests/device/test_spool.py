@@ -288,3 +288,38 @@ def test_messages_survive_a_process_that_dies(tmp_path: Path):
     with sqlite3.connect(tmp_path / "spool.db") as other:  # what the next process would read
         assert other.execute("SELECT count(*) FROM message").fetchone() == (1,)
     other.close()
+
+
+def test_what_was_acknowledged_lately_is_sent_again_first_and_in_order(tmp_path: Path):
+    now = [0.0]
+    spool = Spool(tmp_path / "spool.db", max_bytes=10**6, max_age_s=10**6, clock=lambda: now[0])
+    for number in range(6):
+        now[0] += 10
+        spool.put("event", b"%d" % number)
+        if number < 5:
+            spool.acknowledge(number + 1)
+    spool.receive_command("c", 0)
+    spool.answer_command("c", b"reply")
+    (reply,) = spool.pending(0, 9, are_replies=True)
+    spool.acknowledge(reply.id)
+    assert spool.depth == 1
+    spool.close()
+    spool = Spool(tmp_path / "spool.db", max_bytes=10**6, max_age_s=10**6, clock=lambda: now[0])
+    assert spool.resend() == 3  # of the last 30 seconds
+    assert [message.payload for message in spool.pending(0, 9)] == [b"2", b"3", b"4", b"5"]
+    assert (spool.depth, spool.dropped) == (4, 0)
+    for message in spool.pending(0, 9):
+        spool.acknowledge(message.id)
+    now[0] += 1000
+    assert (spool.resend(), spool.depth, spool.payload_bytes) == (0, 0, 0)
+
+
+def test_what_is_kept_after_its_acknowledgement_is_bounded_and_never_counted_as_dropped(tmp_path: Path):
+    spool = Spool(tmp_path / "spool.db", max_bytes=8000, max_age_s=10**6)
+    for number in range(100):
+        spool.put("event", b"%050d" % number)
+        (message,) = spool.pending(0, 9)
+        spool.acknowledge(message.id)
+    assert spool.resend() == 8000 // 8 // 50
+    assert [int(message.payload) for message in spool.pending(0, 99)] == list(range(80, 100))
+    assert spool.dropped == 0
