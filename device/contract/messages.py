@@ -22,7 +22,17 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 20
 EVENT_PREFIX = "io.fieldvit."
-EVENT_KINDS = ("installed", "confirmed", "rolled-back", "refused", "drift", "learned", "unlearned", "error")
+EVENT_KINDS = (
+    "downloaded",
+    "installed",
+    "confirmed",
+    "rolled-back",
+    "refused",
+    "drift",
+    "learned",
+    "unlearned",
+    "error",
+)
 
 # Telemetry measurements and their SenML units (RFC 8428 section 12.1, RFC 8798 for B). Class counts are `class/LABEL-INDEX`.
 UNITS = {
