@@ -1,0 +1,153 @@
+"""Files over HTTP come whole or with a reason, whatever the server does."""
+
+import http.server
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from device.contract.errors import ConfigError
+from device.fetch import CutOffError, FetchError, MissingError, RangeError
+from device.web import WebFetch
+from tests.support.web import Site, serve
+
+CONTENT = bytes(range(256)) * 400
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "file").write_bytes(CONTENT)
+    with serve(tmp_path) as site:
+        yield site
+
+
+def read(site: Site, path: str = "targets/file", start: int = 0, end: int | None = None) -> bytes:
+    fetch = WebFetch(site.url)
+    fetch.silence_s, fetch.slow_window_s = 0.5, 0.4
+    try:
+        return b"".join(fetch.read(path, start, end))
+    finally:
+        fetch.close()
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, None), (7, None), (0, 10), (100, 70000), (len(CONTENT) - 1, None)])
+def test_any_range_comes_as_it_is(site: Site, start: int, end: int | None):
+    assert read(site, start=start, end=end) == CONTENT[start:end]
+
+
+def test_one_connection_serves_many_requests_and_is_opened_again_when_closed(site: Site):
+    fetch = WebFetch(site.url)
+    for _ in range(3):
+        assert b"".join(fetch.read("targets/file")) == CONTENT
+    assert site.connections == 1
+    fetch._connection.sock.shutdown(socket.SHUT_RDWR)  # as a server does after a while
+    assert b"".join(fetch.read("targets/file")) == CONTENT
+    next(fetch.read("targets/file"))  # a reader that has enough
+    assert b"".join(fetch.read("targets/file", 5)) == CONTENT[5:]
+    fetch.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "reason"),
+    [
+        ({"status": 404}, MissingError, "unreachable"),
+        ({"status": 403}, MissingError, "unreachable"),
+        ({"status": 500}, CutOffError, "unreachable"),
+        ({"cut_after": 1000}, CutOffError, "unreachable"),
+        ({"drip_s": 0.05}, FetchError, "slow"),
+        ({"drip_s": 9}, FetchError, "slow"),
+        ({"drip_headers": True}, FetchError, "slow"),
+    ],
+)
+def test_a_bad_server_is_given_up_with_a_reason(site: Site, fault: dict[str, object], kind: type, reason: str):
+    for name, value in fault.items():
+        setattr(site, name, value)
+    started = time.monotonic()
+    with pytest.raises(kind) as failed:
+        read(site)
+    assert (type(failed.value), failed.value.reason) == (kind, reason)
+    assert time.monotonic() - started < 3
+
+
+def test_ranges_that_are_not_given_are_said(site: Site):
+    with pytest.raises(RangeError):
+        read(site, start=len(CONTENT))
+    site.has_ranges = False
+    with pytest.raises(RangeError):
+        read(site, start=5)
+    assert read(site) == CONTENT
+
+
+def test_nobody_there_is_unreachable(site: Site):
+    with pytest.raises(CutOffError, match=r"targets/file: .*refused"):
+        b"".join(WebFetch("http://127.0.0.1:1").read("targets/file"))
+
+
+def test_redirects_are_followed_to_the_same_scheme_only(site: Site, tmp_path: Path):
+    with serve(tmp_path) as other:
+        site.redirect_to = other.url
+        assert read(site, start=3) == CONTENT[3:]
+        assert other.asked("file") == ["bytes=3-"]
+        for target, message in [
+            ("ftp://x", "not safer"),
+            ("file://", "not safer"),
+            (site.url, "more than 5 redirects"),
+        ]:
+            site.redirect_to = target
+            with pytest.raises(FetchError, match=message):
+                read(site)
+
+
+def test_the_environment_names_the_proxy(site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", site.url.replace("http://", "http://user:secret@"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(MissingError):  # our site is no proxy: it looks for a file of that name
+        b"".join(WebFetch("http://updates.example").read("targets/file"))
+    assert site.requests[-1][0] == "http://updates.example/targets/file"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert read(site) == CONTENT
+
+
+@pytest.fixture
+def tls_url(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "targets").mkdir(exist_ok=True)
+    (tmp_path / "targets" / "file").write_bytes(CONTENT)
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=updates"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "ca.pem"]
+    subprocess.run([*command.split(), *names], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(tmp_path))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None: ...
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None: ...  # a client that does not trust us
+
+    server = Server(("127.0.0.1", 0), Quiet)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"https://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_https_is_checked_against_the_ca(tls_url: str, tmp_path: Path):
+    trusting = WebFetch(tls_url, ca_file=tmp_path / "ca.pem")
+    assert b"".join(trusting.read("targets/file")) == CONTENT
+    trusting.close()
+    with pytest.raises(FetchError, match=r"self-signed certificate; see update\.ca_file"):
+        b"".join(WebFetch(tls_url).read("targets/file"))
+    (tmp_path / "bad.pem").write_text("no certificate")
+    for name in ("bad.pem", "missing.pem"):
+        with pytest.raises(ConfigError, match=name):
+            WebFetch(tls_url, ca_file=tmp_path / name)
