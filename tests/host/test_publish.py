@@ -1,6 +1,7 @@
 """The keeper of the repository: keys that live apart, rotation by signatures that come one by one, expiry, pruning, crashes."""
 
 import json
+import re
 import shutil
 import stat
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from host.fleet.metadata import issued_of, newest_root, read_current
 from host.fleet.repository import channel_offer
 from tests.support.bundles import make_manifest, write_plain_bundle
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 VERBS = sorted(command.callback.__name__ for command in publish_app.registered_commands)
 
 
@@ -70,6 +72,7 @@ def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str], verb: str):
     assert main(["publish", verb, "--help"]) == 0
     assert f"Example: fieldvit publish {verb}" in " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"`fieldvit publish [a-z/ ]*\b{verb}\b", README)
 
 
 def test_keys_lie_apart_and_are_private(desk: Desk):
@@ -161,7 +164,7 @@ def test_what_expires_is_shown_and_renewed(desk: Desk, monkeypatch: pytest.Monke
     before = read_current(desk.repo)
     desk.run("expire", "--renew")
     assert read_current(desk.repo).timestamp.version == before.timestamp.version
-    desk.run("expire", "--renew", "--within", "30")
+    desk.run("expire", "--renew", "--within", "31")
     after = read_current(desk.repo)
     assert (after.timestamp.version, after.targets.version) == (before.timestamp.version + 1, before.targets.version)
     assert issued_of(after.timestamp) > issued_of(before.timestamp)
