@@ -3,6 +3,8 @@
 A source gives bytes and no trust: whoever reads from it checks them. It must also not be able to hold a reader for ever.
 """
 
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,7 +72,9 @@ class DirectoryFetch:
     def read(self, path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         full = self._directory / path
         try:
-            with full.open("rb") as file:
+            with open(full, "rb", opener=_open_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise FetchError("unreachable", f"{full.name} is no ordinary file")
                 file.seek(start)
                 left = end - start if end is not None else None
                 while chunk := file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)):
@@ -82,6 +86,11 @@ class DirectoryFetch:
             raise FetchError("unreachable", f"{full.name} cannot be read ({error.strerror})") from error
 
     def close(self) -> None: ...
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe on a stick would wait for its other end for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Pace:

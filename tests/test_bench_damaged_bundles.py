@@ -11,6 +11,7 @@ import pytest
 from bench.damage import BEFORE_SIGNING, GOLDEN, HEAD, LABELS, MODELS, ON_THE_WAY, Sound, pack
 from bench.damaged_bundles import BEFORE, COUNTS, list_jobs, measure
 from device.contract.bundle import extract
+from device.contract.errors import ArtifactError
 from tests.support.tiny_bundle import make_manifest
 
 FILES = {
@@ -63,6 +64,32 @@ def test_what_is_signed_for_has_right_hashes(tmp_path: Path, name: str):
             table = json.loads(archive.read("manifest.json"))
             for member, entry in table["files"].items():
                 assert hashlib.sha256(archive.read(member)).hexdigest() == entry["sha256"]
+
+
+@pytest.mark.parametrize("name", ["unsafe path", "link or device", "duplicate name", "bytes of no file"])
+def test_every_trick_with_the_zip_is_refused(tmp_path: Path, name: str):
+    place = tmp_path / "a" / "b" / "c"
+    place.mkdir(parents=True)
+    for seed in range(80):
+        (place / "b.fieldvit").write_bytes(BEFORE_SIGNING[name](SOUND, np.random.default_rng([seed, 2])))
+        with pytest.raises(ArtifactError):
+            extract(place / "b.fieldvit", place / "out")
+        assert not (place / "out").exists(), "something was written before all of it was checked"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["b.fieldvit"]
+
+
+def test_headers_that_disagree_are_refused_or_say_nothing_of_the_files(tmp_path: Path):
+    path, refused = tmp_path / "b.fieldvit", 0
+    for seed in range(150):
+        path.write_bytes(BEFORE_SIGNING["headers disagree"](SOUND, np.random.default_rng(seed)))
+        try:
+            manifest = extract(path, tmp_path / "out")
+        except ArtifactError:
+            refused += 1
+        else:  # a time, or the system that a member was made on
+            assert manifest == make_manifest(FILES, release=2)
+            assert all((tmp_path / "out" / file).read_bytes() == content for file, content in FILES.items())
+    assert refused > 100
 
 
 def test_the_sound_bundle_is_sound(tmp_path: Path):

@@ -5,6 +5,7 @@ also keys; what was served before is served after, and an honest repository is b
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +176,19 @@ def slow_timestamp(attacker: Attacker) -> None:
     make_slow(attacker, "timestamp.json")
 
 
+def pipe_in_place_of_a_file(attacker: Attacker) -> None:
+    """Whoever opens it waits until somebody writes."""
+    (attacker.metadata / "timestamp.json").unlink()
+    os.mkfifo(attacker.metadata / "timestamp.json")
+
+
+def device_in_place_of_a_file(attacker: Attacker) -> None:
+    attacker.publish(2)
+    path = bundle_path(attacker, 2)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 def slow_bundle(attacker: Attacker) -> None:
     attacker.publish(2)
     make_slow(attacker, "tiny-2.0.0")
@@ -299,6 +313,8 @@ ATTACKS: dict[Callable[[Attacker], None], str] = {
     endless_bundle: "endless",
     slow_timestamp: "slow",
     slow_bundle: "slow",
+    pipe_in_place_of_a_file: "unreachable",
+    device_in_place_of_a_file: "unreachable",
     wrong_board: "board",
     schema_of_the_manifest: "schema",
     schema_of_the_channel: "schema",
@@ -315,6 +331,7 @@ ATTACKS: dict[Callable[[Attacker], None], str] = {
     channel_goes_back: "rollback",
 }
 ONLY_ON_THE_WEB = {slow_timestamp, slow_bundle}
+ONLY_ON_A_STICK = {pipe_in_place_of_a_file, device_in_place_of_a_file}
 WITH_STOLEN_KEYS = {
     snapshot_rollback,
     targets_rollback,
@@ -326,7 +343,7 @@ CASES = [
     pytest.param(attack, transport, id=f"{attack.__name__}-{transport}")
     for attack in ATTACKS
     for transport in ("dir", "http")
-    if transport == "http" or attack not in ONLY_ON_THE_WEB
+    if attack not in (ONLY_ON_THE_WEB if transport == "dir" else ONLY_ON_A_STICK)
 ]
 
 
