@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name="damaged_bundles",
         command="python -m bench.damaged_bundles",
         seed=SEED,
-        data="a model of 8 x 8 pixels and 16 features that the tests convert; its bundle of 60 kB",
+        data="a model of 8 x 8 pixels and 16 features that the tests convert, and its bundle",
         title="Damaged bundles and the device agent",
         notes=_notes,
     )

@@ -20,7 +20,9 @@ from device.contract.parts import Parts
 from device.fetch import CHUNK_BYTES, CutOffError, Fetch, FetchError, Pace, RangeError
 
 RETRIES = 5
-"""So often in a row the rest is asked for without a byte coming."""
+"""So often in a row the rest is asked for though hardly anything came."""
+MIN_PROGRESS_BYTES = 1 << 14
+"""A connection that breaks before so much came counts as one of these: else a server could break it after every byte."""
 RETRY_PAUSE_S = 1.0
 MIN_HELD_BYTES = 4096
 """A smaller file is not worth a request of its own for what follows it."""
@@ -151,7 +153,8 @@ class Downloads:
                     ended = f"{wanted.name} ended after {file.tell()} of {wanted.bytes} bytes"
                     raise FetchError("checksum", ended) if self._fetch.is_near else CutOffError(ended)
             except CutOffError as error:
-                failures, mark = (failures + 1 if file.tell() == mark else 1), file.tell()
+                has_progress = file.tell() - mark >= MIN_PROGRESS_BYTES
+                failures, mark = (1 if has_progress else failures + 1), file.tell()
                 if failures > RETRIES:
                     raise
                 log.info("%s: %s; asking for the rest", wanted.name, error)

@@ -49,9 +49,8 @@ class WebFetch:
     def __init__(self, url: str, *, ca_file: Path | None = None) -> None:
         self.name = url
         self._base = url.rstrip("/") + "/"
-        self._tls = (
-            _tls_context(ca_file) if ca_file else None
-        )  # a wrong file is told at once; the system's are slow to read
+        # a wrong file is told at once; the system's certificates take a while to read, and plain http: needs none
+        self._tls = _tls_context(ca_file) if ca_file else None
         self._connection: http.client.HTTPConnection | None = None
         self._connected_to = ""
 

@@ -85,11 +85,11 @@ def test_what_the_board_holds_is_not_transferred(
 
 
 def test_every_connection_that_breaks_is_gone_on_with(tmp_path: Path, site: Site, bundle: Path, wanted: Wanted):
-    site.cut_after = 7_000
+    site.cut_after = 20_000
     fetched = get(tmp_path, site, wanted)
     require_right(fetched, bundle)
     assert fetched.transferred_bytes == site.sent == wanted.bytes
-    assert len(site.requests) == -(-wanted.bytes // 7_000)
+    assert len(site.requests) == -(-wanted.bytes // 20_000)
 
 
 def test_a_download_goes_on_after_a_restart(
@@ -162,6 +162,13 @@ def test_a_server_that_gives_nothing_is_asked_a_few_times(tmp_path: Path, site: 
     with pytest.raises(FetchError, match="HTTP 503") as failed:
         get(tmp_path, site, wanted)
     assert failed.value.reason == "unreachable"
+    assert len(site.requests) == 6
+
+
+def test_a_server_that_breaks_off_after_every_few_bytes_is_given_up(tmp_path: Path, site: Site, wanted: Wanted):
+    site.cut_after = 10
+    with pytest.raises(FetchError, match="was cut off after 10 bytes"):
+        get(tmp_path, site, wanted)
     assert len(site.requests) == 6
 
 

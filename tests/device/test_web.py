@@ -151,3 +151,12 @@ def test_https_is_checked_against_the_ca(tls_url: str, tmp_path: Path):
     for name in ("bad.pem", "missing.pem"):
         with pytest.raises(ConfigError, match=name):
             WebFetch(tls_url, ca_file=tmp_path / name)
+
+
+def test_a_redirect_may_lead_to_https_and_not_back(site: Site, tls_url: str, tmp_path: Path):
+    site.redirect_to = tls_url
+    fetch = WebFetch(site.url, ca_file=tmp_path / "ca.pem")
+    assert b"".join(fetch.read("targets/file")) == CONTENT
+    fetch.close()
+    with pytest.raises(FetchError, match=r"see update\.ca_file"):
+        read(site)
