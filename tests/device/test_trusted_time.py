@@ -1,10 +1,14 @@
 """No clock, however wrong, lets old metadata in or keeps good metadata out for good."""
 
+import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from device.contract.errors import ConfigError
 from device.trusted_time import TrustedTime
@@ -104,6 +108,39 @@ def test_a_disk_that_is_full_stops_nothing(tmp_path: Path):
 def test_any_clock_is_a_time(board: Board):
     for board.clock in (-1e18, 0.0, 1e18):
         assert 1970 <= board.time.now().year < 9999
+
+
+CLOCKS = st.sampled_from([0.0, 1e9, ISSUED.timestamp(), ENDS.timestamp(), 4e9, 1e12]) | st.just("right")
+STEPS = st.lists(
+    st.tuples(
+        CLOCKS,
+        st.floats(0, 40 * DAY),  # how much later
+        st.booleans(),  # whether the board ran meanwhile
+        st.booleans(),  # whether it sees what was issued just now, or what was issued first
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS)
+def test_after_any_clocks_what_is_new_is_good_and_what_was_seen_to_be_over_stays_over(steps: list[Any]):
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        board, now, is_over = Board(Path(directory)), ISSUED.timestamp(), False
+        for clock, later, is_running, is_fresh in steps:
+            now += later + 2
+            board.uptime += later if is_running else 0
+            if not is_running:
+                board.start()
+            board.clock = now if clock == "right" else clock
+            issued = datetime.fromtimestamp(now, UTC) if is_fresh else ISSUED
+            accepted = board.check(issued, issued + timedelta(days=30))
+            assert not (accepted and not is_fresh and is_over)
+            is_over |= clock == "right" and now > ENDS.timestamp() + 1
+        board.clock = now = now + 2
+        issued = datetime.fromtimestamp(now, UTC)
+        assert board.check(issued, issued + timedelta(days=30))
 
 
 def local(weekday: int, hour: int, minute: int = 0) -> time.struct_time:

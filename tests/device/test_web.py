@@ -1,5 +1,6 @@
 """Files over HTTP come whole or with a reason, whatever the server does."""
 
+import contextlib
 import http.server
 import ipaddress
 import socket
@@ -177,3 +178,49 @@ def test_a_redirect_may_lead_to_https_and_not_back(site: Site, tls_url: str, tmp
     fetch.close()
     with pytest.raises(FetchError, match=r"see update\.ca_file"):
         read(site)
+
+
+@pytest.fixture
+def tunnel() -> Iterator[tuple[str, list[str]]]:
+    """A proxy that knows CONNECT, and the heads of the requests that it got."""
+    heads: list[str] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(65536):
+                target.sendall(chunk)
+            target.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError), listener.accept()[0] as client:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(1)
+            heads.append(head.decode())
+            host, port = head.split()[1].decode().rsplit(":", 1)
+            with socket.create_connection((host, int(port))) as server:
+                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=pump, args=(server, client), daemon=True)
+                back.start()
+                pump(client, server)
+                back.join(timeout=5)
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}", heads
+    listener.close()
+    thread.join(timeout=5)
+
+
+def test_https_goes_through_a_tunnel(
+    tls_url: str, tmp_path: Path, tunnel: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    address, heads = tunnel
+    monkeypatch.setenv("https_proxy", f"http://user:secret@{address}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    fetch = WebFetch(tls_url, ca_file=tmp_path / "ca.pem")
+    assert b"".join(fetch.read("targets/file")) == CONTENT
+    fetch.close()
+    assert heads[0].startswith(f"CONNECT {tls_url.removeprefix('https://')} HTTP/1.")
+    assert "Proxy-Authorization: Basic dXNlcjpzZWNyZXQ=" in heads[0]
