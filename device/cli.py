@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _update(arguments: argparse.Namespace) -> int:
-    from device.config import resolve_runtime, source_directory
+    from device.config import resolve_runtime, resolve_source
     from device.serving import Serving
     from device.slots import Slots
     from device.updater import Updater
@@ -62,9 +62,7 @@ def _update(arguments: argparse.Namespace) -> int:
 
     root, config, board = _setup(arguments)
     source = (
-        source_directory(arguments.source, Path.cwd())
-        if arguments.source
-        else source_directory(config.update.source, root)
+        resolve_source(arguments.source, Path.cwd()) if arguments.source else resolve_source(config.update.source, root)
     )
     with _lock(root, "update"):
         slots = Slots(root)
@@ -208,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
         "fieldvit-device update --from dir:/media/usb/updates",
     )
     update.add_argument(
-        "--from", dest="source", metavar="dir:PATH", help="look here instead of update.source in agent.toml"
+        "--from",
+        dest="source",
+        metavar="SOURCE",
+        help="look here instead of update.source in agent.toml: dir:PATH, or http(s)://HOST/PATH",
     )
     update.add_argument("--force", action="store_true", help="try a bundle again that was rejected here before")
     status = _add(verbs, "status", _status, "what is served, and how it goes", "fieldvit-device status --json")
@@ -283,7 +284,7 @@ def _recovering_from_interrupt(slots: Any) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _recover(slots)
+        _recover(type(slots)(slots.root))  # read again: it may have come between a line's writing and its being noted
         raise
 
 
