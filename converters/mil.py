@@ -62,6 +62,11 @@ class MilProgram:
     def op_types(self) -> set[str]:
         return {op.op_type for op in self._block.operations}
 
+    @property
+    def operations(self) -> list[Any]:
+        """The MIL operations that compute, in order."""
+        return [operation for operation in self._block.operations if operation.op_type != "const"]
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Evaluate the program.
 
@@ -69,12 +74,47 @@ class MilProgram:
             ConversionError: input names or shapes are not the program's.
             UnsupportedOpError: an operation is used in a way that the evaluator does not know.
         """
+        values = self._all_values(inputs)
+        return {var.name: _array(self._value(var, values)) for var in self._block.outputs}
+
+    def run_all(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Evaluate the program and give every float tensor of it by name; errors as of `run`."""
+        found = {**self._all_values(inputs), **self._constants}
+        return {
+            name: value.numpy()
+            for name, value in found.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+
+    def run_alone(self, operation: Any, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Evaluate one operation of this program.
+
+        Args:
+            operation: one of `operations`.
+            inputs: values of some of its arguments, by the arguments' names; the others are its own constants.
+
+        Raises:
+            ConversionError: an argument is neither given nor a constant.
+        """
+        arguments = {}
+        for key, item in operation.inputs.items():
+            if key in inputs:
+                arguments[key] = _tensor(inputs[key])
+            elif item is not None:
+                variables = item if isinstance(item, list | tuple) else [item]
+                if any(var.val is None for var in variables):
+                    raise ConversionError(f"{self._name}: {operation.name} needs its argument {key}")
+                arguments[key] = self._argument(item, {})
+        with torch.no_grad():
+            results = OPERATIONS[operation.op_type](arguments)
+        return [_array(result) for result in (results if isinstance(results, list) else [results])]
+
+    def _all_values(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         if shapes != self.inputs:
             raise ConversionError(f"{self._name}: inputs must be {self.inputs}, got {shapes}")
         with torch.no_grad():
-            outputs = self._evaluate({name: _tensor(value) for name, value in inputs.items()})
-        return {name: _array(value) for name, value in outputs.items()}
+            return self._compute({name: _tensor(value) for name, value in inputs.items()})
 
     def run_many(self, inputs: Mapping[str, np.ndarray], *, chunk: int = 64) -> dict[str, np.ndarray]:
         """Evaluate the program for N samples at once, each as if it were alone.
@@ -96,10 +136,14 @@ class MilProgram:
         return {name: _array(value) for name, value in outputs.items()}
 
     def _evaluate(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        values = self._compute(inputs)
+        return {var.name: self._value(var, values) for var in self._block.outputs}
+
+    def _compute(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         values = {var.name: self._round(var, inputs[name]) for name, var in self._block.inputs.items()}
         for operation in self._block.operations:
             self._execute(operation, values)
-        return {var.name: self._value(var, values) for var in self._block.outputs}
+        return values
 
     def _execute(self, operation: Any, values: dict[str, Any]) -> None:
         name = operation.outputs[0].name

@@ -89,7 +89,7 @@ class Agent:
             config.update.source,
             slots=self._slots,
             serving=self._serving,
-            updater=Updater(root, config, board, self._slots, stop=stop),
+            updater=Updater(root, config, board, self._slots, stop=stop, report=self._reporter.event),
             reporter=self._reporter,
             announce=self._announce,
         )

@@ -256,6 +256,11 @@ def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHe
     missing = [name for name in _BESIDE_STATE if name not in arrays]
     if missing:
         raise ArtifactError(f"{slot / HEAD_NAME}: has no {artifact.precision}/{missing[0]}; export the bundle again")
+    odd = [name for name, array in arrays.items() if array.dtype.kind not in "fiu"]
+    if odd:
+        raise ArtifactError(
+            f"{slot / HEAD_NAME}: {artifact.precision}/{odd[0]} holds no real numbers; export the bundle again"
+        )
     beside = {name: arrays.pop(name) for name in _BESIDE_STATE}
     try:
         learner = SLDA(len(manifest.labels), manifest.learning.feature_dim, shrinkage=manifest.learning.shrinkage)
@@ -264,7 +269,26 @@ def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHe
         raise ArtifactError(
             f"{slot / HEAD_NAME}: no usable {manifest.learning.method} state ({error}); export the bundle again"
         ) from error
-    return BaseHead(learner=learner, labels=manifest.labels, **beside)
+    base = BaseHead(learner=learner, labels=manifest.labels, **beside)
+    _require_base(base, manifest.learning.feature_dim, f"{slot / HEAD_NAME}: {artifact.precision}")
+    return base
+
+
+def _require_base(base: BaseHead, feature_dim: int, where: str) -> None:
+    """What the frame loop and the guard will compute with must be of the shapes and kinds they take for granted."""
+    count, labels = len(base.labels), base.guard_labels
+    shapes = {
+        "feature_mean": base.feature_mean.shape == base.feature_std.shape == (feature_dim,),
+        "guard_features": base.guard_features.shape == (len(labels) if labels.ndim == 1 else -1, feature_dim),
+        "guard_labels": labels.dtype.kind in "iu" and bool(((labels >= 0) & (labels < count)).all()),
+        "counts": len(base.learner.counts) == count,
+    }
+    arrays = (base.feature_mean, base.feature_std, base.guard_features)
+    shapes["values"] = all(array.dtype.kind == "f" and bool(np.isfinite(array).all()) for array in arrays)
+    if wrong := [name for name, is_right in shapes.items() if not is_right]:
+        raise ArtifactError(
+            f"{where}/{wrong[0]} does not fit {count} labels and {feature_dim} features; export the bundle again"
+        )
 
 
 def _with(ids: tuple[str, ...], new: str) -> tuple[str, ...]:

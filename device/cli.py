@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _update(arguments: argparse.Namespace) -> int:
     from device.ask import ask_for_update
-    from device.config import resolve_runtime, source_directory
+    from device.config import resolve_runtime, resolve_source
     from device.lock import lock_owner
     from device.serving import Serving
     from device.slots import Slots
@@ -67,9 +67,7 @@ def _update(arguments: argparse.Namespace) -> int:
 
     root, config, board = _setup(arguments)
     source = (
-        source_directory(arguments.source, Path.cwd())
-        if arguments.source
-        else source_directory(config.update.source, root)
+        resolve_source(arguments.source, Path.cwd()) if arguments.source else resolve_source(config.update.source, root)
     )
     owner = lock_owner(root)
     if owner and owner.purpose == "run" and not arguments.source and not arguments.force:
@@ -242,7 +240,10 @@ def _parser() -> argparse.ArgumentParser:
         "fieldvit-device update --from dir:/media/usb/updates",
     )
     update.add_argument(
-        "--from", dest="source", metavar="dir:PATH", help="look here instead of update.source in agent.toml"
+        "--from",
+        dest="source",
+        metavar="SOURCE",
+        help="look here instead of update.source in agent.toml: dir:PATH, or http(s)://HOST/PATH",
     )
     update.add_argument("--force", action="store_true", help="try a bundle again that was rejected here before")
     status = _add(verbs, "status", _status, "what is served, and how it goes", "fieldvit-device status --json")
@@ -344,7 +345,7 @@ def _recovering_from_interrupt(slots: Any) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _recover(slots)
+        _recover(type(slots)(slots.root))  # read again: it may have come between a line's writing and its being noted
         raise
 
 

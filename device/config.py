@@ -24,8 +24,12 @@ poll_s = 0.2
 max_fps = 0                     # 0 = as fast as possible
 
 [update]
-source = "dir:updates"
-check_interval_s = 0            # 0 = on command, and at start when there is no model
+source = "dir:updates"          # or "https://updates.example.org/fieldvit"
+check_interval_s = 3600         # 0 = on command, and at start when there is no model
+max_bytes_per_s = 0             # of what is read from the source; 0 = no limit
+window = "02:00-05:00"          # local time in which the agent looks by itself; "" = always. A command is obeyed at once
+days = ["sat", "sun"]           # on which that window opens; [] = every day
+ca_file = "updates-ca.pem"      # certificates for https: in place of the system's
 
 [runtime]                       # overrides of the board profile
 threads = 2
@@ -48,16 +52,19 @@ import os
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from device.contract.board import Board, Runtime
 from device.contract.errors import ConfigError
 from device.contract.messages import VERBS
 from device.contract.records import from_table
 from device.contract.topics import DeviceId, is_id
+from device.window import Window, parse_window
 
 CONFIG_NAME = "agent.toml"
 LOG_FORMATS = ("text", "json")
 SOURCE_PREFIX = "dir:"
+WEB_SCHEMES = ("http", "https")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,16 +110,32 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateConfig:
-    """Where updates come from, and how often to look."""
+    """Where updates come from, how often and when to look, and how fast to read."""
 
     source: str = "dir:updates"
     check_interval_s: float = 0.0
+    max_bytes_per_s: float = 0.0
+    window: str = ""
+    days: tuple[str, ...] = ()
+    ca_file: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.source.startswith(SOURCE_PREFIX) or self.source == SOURCE_PREFIX:
-            raise ConfigError(f"update.source must be {SOURCE_PREFIX}PATH, got {self.source!r}")
-        if self.check_interval_s < 0:
-            raise ConfigError(f"update.check_interval_s must be 0 or more, got {self.check_interval_s}")
+        require_source(self.source)
+        if self.check_interval_s < 0 or self.max_bytes_per_s < 0:
+            raise ConfigError(
+                "update.check_interval_s and max_bytes_per_s must be 0 or more, "
+                f"got {self.check_interval_s} and {self.max_bytes_per_s}"
+            )
+        window = self.open_window()
+        if window and self.check_interval_s > window.length_s:
+            raise ConfigError(
+                f"update.check_interval_s must be at most {window.length_s:.0f}, the length of update.window, "
+                f"got {self.check_interval_s}; else no look may fall into it"
+            )
+
+    def open_window(self) -> Window | None:
+        """When the agent may look by itself; None: always."""
+        return parse_window(self.window, self.days)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,11 +272,28 @@ def resolve_runtime(board: Board, overrides: RuntimeOverrides) -> Runtime:
     return replace(board.runtime, **{name: value for name, value in asdict(overrides).items() if value is not None})
 
 
-def source_directory(source: str, base: Path) -> Path:
-    """The directory of a `dir:PATH` update source; a relative path starts at `base`.
+def require_source(source: str) -> None:
+    """Refuse what is neither a directory nor a web address; ConfigError says how to write one."""
+    if source.startswith(SOURCE_PREFIX) and source != SOURCE_PREFIX and "\0" not in source:
+        return
+    try:
+        parts = urlsplit(source)
+        is_address = parts.scheme in WEB_SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or not source.isprintable() or " " in source:
+        raise ConfigError(f"update.source must be {SOURCE_PREFIX}PATH, or http(s)://HOST[:PORT]/PATH, got {source!r}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError("update.source must hold no user, password, '?' or '#'; what is signed needs no secret")
+
+
+def resolve_source(source: str, base: Path) -> Path | str:
+    """The directory of a `dir:PATH` update source, where a relative path starts at `base`, or the URL of another.
 
     Raises:
         ConfigError: another kind of source.
     """
-    UpdateConfig(source=source)
-    return Path(os.path.normpath(base / source.removeprefix(SOURCE_PREFIX)))
+    require_source(source)
+    if source.startswith(SOURCE_PREFIX):
+        return Path(os.path.normpath(base / source.removeprefix(SOURCE_PREFIX)))
+    return source

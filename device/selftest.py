@@ -143,11 +143,12 @@ def run_here(slot: Path, precision: str, *, threads: int) -> SelfTest:
     from device.classifier import read_base_head
     from device.contract.bundle import verify_directory
     from device.engine import Engine
-    from device.golden import GOLDEN_NAME, check_golden, read_arrays
+    from device.golden import GOLDEN_NAME, check_golden, check_labels, read_arrays
     from device.preprocess import preprocess
     from device.telemetry import peak_memory_bytes
 
     manifest = verify_directory(slot)
+    check_labels(slot, manifest)
     artifact = manifest.artifact(precision)
     started = time.monotonic()
     engine = Engine(slot / artifact.path, num_threads=threads)

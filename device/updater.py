@@ -5,6 +5,9 @@ Reasons of a refusal, beside those of `device.tuf_client`:
     rejected-before  this very bundle failed or was rolled back here (`--force` tries again, without trusting it more)
     busy             another model is still in testing
     damaged          the bundle's files and its manifest disagree
+    schema           its manifest was written for a newer agent
+    pointer          the channel names another bundle, or another release, than the one that is there
+    window           the maintenance window closed during the transfer; it goes on in the next one
     disk             it does not fit on the disk, or the disk fails
     board            built for other boards, or without an artifact that this board can run
     budget           too large, too slow or too hungry for the board profile
@@ -15,8 +18,10 @@ Reasons of a refusal, beside those of `device.tuf_client`:
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
@@ -27,23 +32,32 @@ from device.contract.errors import (
     BoardMismatchError,
     InterruptedTestError,
     NoVerdictError,
+    SchemaError,
     UpdateRefusedError,
 )
 from device.contract.manifest import Artifact, Manifest
+from device.fetch import Pace
 from device.journal import Entry
 from device.selftest import SelfTest, run_in_child
-from device.slots import Slots
+from device.slots import NAMES, Slots
+from device.trusted_time import TrustedTime
+from device.window import Schedule
+
+if TYPE_CHECKING:
+    from device.tuf_client import Offer, UpdateSource
 
 log = logging.getLogger(__name__)
 
 RunSelfTest = Callable[[Path, str], SelfTest]
+Report = Callable[..., None]
+"""Tells the world of an event: its kind, and what belongs to it by keyword."""
 
 BUNDLE_PER_ARTIFACT = 4
 BUNDLE_EXTRA_BYTES = 64 << 20
 """A bundle may have so many times the board's `artifact_bytes`, and so much beside: it is read into memory to be checked."""
 
-SAME_SPEED = 1.05
-"""Latencies closer than this do not decide among candidates: the board profile's order does."""
+SAME_SPEED, SAME_SPEED_MS = 1.05, 0.1
+"""Latencies closer than this, as a ratio or in milliseconds, do not decide: the board profile's order does."""
 
 
 class _PerhapsBusyError(UpdateRefusedError):
@@ -60,7 +74,7 @@ class Staged:
 
 
 class Updater:
-    """Checks the source and stages what it offers; `stop` ends a self-test that is under way."""
+    """Checks the source and stages what it offers; `stop` ends a transfer or a self-test that is under way."""
 
     def __init__(
         self,
@@ -71,36 +85,82 @@ class Updater:
         *,
         run_selftest: RunSelfTest | None = None,
         stop: threading.Event | None = None,
+        report: Report = lambda kind, **data: None,
+        time: TrustedTime | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
+        self._stop, self._report = stop or threading.Event(), report
+        self._time = time or TrustedTime(root / "clock.json")
+        self._schedule = schedule or Schedule(
+            config.update.open_window(), is_clock_wrong=lambda: self._time.is_clock_wrong
+        )
         self._root, self._config, self._board, self._slots = root, config, board, slots
         threads = resolve_runtime(board, config.runtime).threads
         self._run_selftest = run_selftest or (
-            lambda slot, precision: run_in_child(slot, precision, threads=threads, stop=stop)
+            lambda slot, precision: run_in_child(slot, precision, threads=threads, stop=self._stop)
         )
         self._unfit = ("", "", "")  # the last bundle that its manifest ruled out, why: not copied again at each check
 
-    def stage(self, source: Path, *, force: bool = False) -> Staged | None:
-        """Bring the channel's bundle into the spare slot and prove it there; None when it is served already.
+    def stage(self, source: Path | str, *, force: bool = False, is_asked: bool = True) -> Staged | None:
+        """Bring the channel's bundle into the spare slot and prove it there.
+
+        Args:
+            source: a repository's directory or URL.
+            force: try a bundle again that was rejected here before.
+            is_asked: somebody wants it now; else the maintenance window decides, unless there is no model at all.
+
+        Returns:
+            None when it is served already, or when the window is closed.
 
         Raises:
             UpdateRefusedError: with a stable reason.
             ConfigError: no trusted root.
         """
+        is_free = is_asked or self._slots.serving() is None
+        if not is_free and not self._schedule.may_start():
+            log.debug("no look for an update now: outside of update.window")
+            return None
         try:
-            return self._stage(source, force=force)
+            return self._stage(source, force=force, is_free=is_free)
         except OSError as error:
             raise UpdateRefusedError(
                 "disk", f"{self._root}: cannot be written ({error}); make room, or check the disk"
             ) from error
 
-    def _stage(self, source: Path, *, force: bool) -> Staged | None:
-        from device.tuf_client import UpdateSource  # here: 0.1 s at every start of the agent otherwise
+    def _stage(self, source: Path | str, *, force: bool, is_free: bool) -> Staged | None:
+        found = self._fetch(source, force=force, is_free=is_free)
+        if found is None:
+            return None
+        offer, bundle = found
+        try:
+            entry = self._extract(bundle, offer)
+        except UpdateRefusedError as error:
+            if error.reason in ("board", "budget", "schema", "pointer"):
+                self._unfit = (offer.sha256, error.reason, str(error))
+            raise
+        finally:
+            bundle.unlink()
+        return self._prove(entry)
 
-        update_source = UpdateSource(source, self._root)
-        offer = update_source.offer(self._config.channel)
+    def _fetch(self, source: Path | str, *, force: bool, is_free: bool) -> "tuple[Offer, Path] | None":
+        """What the channel offers and its verified file; None when it is served already."""
+        from device.tuf_client import UpdateSource, open_source  # here: 0.1 s at every start of the agent otherwise
+
+        config = self._config.update
+        pace = Pace(config.max_bytes_per_s, refusal=lambda: self._why_stop(is_free=is_free), pause=self._stop.wait)
+        ca_file = self._root / config.ca_file if config.ca_file else None
+        with closing(open_source(source, ca_file=ca_file)) as fetch:
+            update_source = UpdateSource(fetch, self._root, time=self._time, pace=pace)
+            offer = update_source.offer(self._config.channel)
+            if not self._is_wanted(offer, force=force):
+                return None
+            return offer, self._download(update_source, offer)
+
+    def _is_wanted(self, offer: "Offer", *, force: bool) -> bool:
+        """False when it is served already; UpdateRefusedError when it is known to be unfit, or is no step forward."""
         serving = self._slots.serving()
         if serving and serving.bundle == offer.sha256:
-            return None
+            return False
         if serving and offer.release <= serving.release:
             raise UpdateRefusedError(
                 "rollback",
@@ -115,38 +175,58 @@ class Updater:
         sha256, *refusal = self._unfit
         if sha256 == offer.sha256 and not force:
             raise UpdateRefusedError(*refusal)
+        return True
+
+    def _download(self, source: "UpdateSource", offer: "Offer") -> Path:
         log.info("downloading %s, %d bytes", offer.bundle, offer.bytes)
         max_bytes = BUNDLE_PER_ARTIFACT * self._board.budget.artifact_bytes + BUNDLE_EXTRA_BYTES
-        bundle = update_source.download(offer, max_bytes=max_bytes)
-        try:
-            entry = self._extract(bundle, offer.sha256)
-        except UpdateRefusedError as error:
-            if error.reason in ("board", "budget"):
-                self._unfit = (offer.sha256, error.reason, str(error))
-            raise
-        finally:
-            bundle.unlink()
-        return self._prove(entry, offer.release)
+        fetched = source.download(offer, max_bytes=max_bytes, held=self._held())
+        log.info("%s: %d of %d bytes were transferred", offer.bundle, fetched.transferred_bytes, offer.bytes)
+        self._report("downloaded", bundle=offer.bundle, bytes=offer.bytes, transferred_bytes=fetched.transferred_bytes)
+        return fetched.path
 
-    def _extract(self, bundle: Path, sha256: str) -> Entry:
+    def _why_stop(self, *, is_free: bool) -> UpdateRefusedError | None:
+        if self._stop.is_set():
+            return UpdateRefusedError(
+                "interrupted", "the agent stops during the transfer; it will go on at the next look"
+            )
+        if not is_free and not self._schedule.is_open():
+            return UpdateRefusedError(
+                "window", "update.window closed during the transfer; it will go on in the next one"
+            )
+        return None
+
+    def _held(self) -> dict[str, Path]:
+        """The files in the slots by SHA-256, as their manifests say; they are checked when a bundle was made of them."""
+        held: dict[str, Path] = {}
+        for slot in NAMES:
+            directory = self._slots.directory(slot)
+            try:
+                entries = read_manifest(directory).files if directory.is_dir() else {}
+            except (ArtifactError, OSError):
+                continue
+            held |= {entry.sha256: directory / name for name, entry in entries.items() if (directory / name).is_file()}
+        return held
+
+    def _extract(self, bundle: Path, offer: "Offer") -> Entry:
         try:
-            self._require_fit(read_manifest(bundle))
-            return self._slots.stage(sha256, lambda directory: extract(bundle, directory))
+            manifest = read_manifest(bundle)
+            _require_offered(manifest, offer)
+            self._require_fit(manifest)
+            return self._slots.stage(offer.sha256, lambda directory: extract(bundle, directory))
         except AgentBusyError as error:
             raise UpdateRefusedError("busy", str(error)) from error
         except BoardMismatchError as error:
             raise UpdateRefusedError("board", str(error)) from error
+        except SchemaError as error:
+            raise UpdateRefusedError("schema", f"{bundle.name}: {error}") from error
         except ArtifactError as error:
             raise UpdateRefusedError("damaged", f"{bundle.name}: {error}") from error
 
-    def _prove(self, entry: Entry, release: int) -> Staged:
+    def _prove(self, entry: Entry) -> Staged:
         slot = self._slots.directory(entry.slot)
         manifest = read_manifest(slot)
         try:
-            if manifest.release != release:
-                raise UpdateRefusedError(
-                    "damaged", f"{manifest.name}: manifest says release {manifest.release}, the channel {release}"
-                )
             test = self._fastest_that_passes(slot, self._candidates(manifest))
         except UpdateRefusedError as error:
             self._slots.reject(entry.slot, error.reason, str(error))
@@ -220,9 +300,21 @@ class Updater:
 
 
 def fastest(tests: list[SelfTest]) -> SelfTest:
-    """The test with the lowest latency; of those that are as fast within `SAME_SPEED`, the first."""
-    limit = SAME_SPEED * min(test.latency_p50_ms for test in tests)
+    """The test with the lowest latency; of those that are as fast within the bounds above, the first."""
+    best = min(test.latency_p50_ms for test in tests)
+    limit = max(SAME_SPEED * best, best + SAME_SPEED_MS)
     return next(test for test in tests if test.latency_p50_ms <= limit)
+
+
+def _require_offered(manifest: Manifest, offer: "Offer") -> None:
+    """The channel and the bundle it names were signed apart: they must agree about what this is."""
+    name = f"{manifest.name}-{manifest.version}.fieldvit"
+    if name != offer.bundle or manifest.release != offer.release:
+        raise UpdateRefusedError(
+            "pointer",
+            f"{offer.bundle}: its manifest says {name}, release {manifest.release}; "
+            f"the channel says release {offer.release}: publish it again",
+        )
 
 
 def candidates(manifest: Manifest, board: Board, precision: str) -> list[Artifact]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from device.commands import Handler, LearnArguments, NoArguments, UndoArguments, UpdateArguments, one_line
-from device.config import source_directory
+from device.config import resolve_source
 from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError
 from device.contract.records import to_table
 from device.modules import forbidden_modules, third_party_modules
@@ -68,7 +68,7 @@ class Verbs:
     def check_for_update(self) -> None:
         """An update nobody asked for: a refusal is reported once, not at each look."""
         try:
-            self._install(source_directory(self._source, self._root), force=False, is_asked=False)
+            self._install(resolve_source(self._source, self._root), force=False, is_asked=False)
         except DeviceError as error:
             log.warning("no update: %s", error)
 
@@ -89,14 +89,14 @@ class Verbs:
             self._installing.release()
 
     def _update(self, arguments: UpdateArguments, _: str) -> dict[str, Any]:
-        source = source_directory(arguments.source or self._source, self._root)
+        source = resolve_source(arguments.source or self._source, self._root)
         return self._install(source, force=arguments.force, is_asked=True)
 
-    def _install(self, source: Path, *, force: bool, is_asked: bool) -> dict[str, Any]:
+    def _install(self, source: Path | str, *, force: bool, is_asked: bool) -> dict[str, Any]:
         mark = self._slots.last_number
         with self._installing:
             try:
-                staged = install(self._updater, self._serving, source, force=force)
+                staged = install(self._updater, self._serving, source, force=force, is_asked=is_asked)
                 self._last_refusal = ""
                 self._remember("staged" if staged else "current")
             except DeviceError as error:
@@ -119,10 +119,10 @@ class Verbs:
     def _report_refusal(self, error: DeviceError, mark: int, *, is_asked: bool) -> None:
         """Report it, unless it came so far that the journal holds it and its event follows from there.
 
-        An agent that stops reports nothing: the update is tried again.
+        An agent that stops, or whose maintenance window closes, reports nothing: the update is tried again.
         """
         reason = refusal_reason(error)
-        if reason == "interrupted":
+        if reason in ("interrupted", "window"):
             return
         is_journaled = any(entry.state == "rejected" for entry in self._slots.history(after=mark))
         if not is_journaled and (is_asked or reason != self._last_refusal):
@@ -185,9 +185,11 @@ class Verbs:
         return result
 
 
-def install(updater: Updater, serving: Serving, source: Path, *, force: bool) -> Staged | None:
-    """Stage what the source offers and serve it on probation; None when it is served already."""
-    staged = updater.stage(source, force=force)
+def install(
+    updater: Updater, serving: Serving, source: Path | str, *, force: bool, is_asked: bool = True
+) -> Staged | None:
+    """Stage what the source offers and serve it on probation; None when there is nothing to do."""
+    staged = updater.stage(source, force=force, is_asked=is_asked)
     if staged:
         serving.activate(staged.slot, staged.test.precision)
     return staged

@@ -1,26 +1,29 @@
-"""What is wrong with one TFLite artifact: its answers, its features, its record of pre-processing, its operations.
+"""What is wrong with one artifact: its answers, its features, its record of pre-processing, its operations.
 
 An artifact is refused for more than other answers: a wrong bias may change none of a few hundred, and a board meets more.
 So float32 features must be PyTorch's up to rounding, and each operation of a quantized file must be, up to its own
 rounding, what float32 makes of the same inputs (`converters.layers_tflite`).
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
-from converters import flatbuffer
+from converters import coreml, flatbuffer
 from converters.layers import LayerReport
+from converters.layers_coreml import compare_package
 from converters.layers_tflite import compare_float, compare_quantized
 from converters.torch_trace import TracedTensor
 from device.contract.manifest import InputSpec
 from device.contract.records import to_table
 from host.data.inputs import to_input
-from host.quantize.spec import FLOAT
+from host.quantize.spec import FLOAT, HALF
 from host.stages.head import LinearHead
-from host.stages.proof import Proof, Reference, prove_infer, prove_tflite
+from host.stages.proof import Proof, Reference, coreml_name, prove_coreml, prove_infer, prove_tflite
 
 LAYER_IMAGES = 4
 """Every tensor of a model is kept for each of them."""
@@ -64,6 +67,35 @@ class Examiner:
         if layers and layers.first_departed:
             problems.append(f"departs at {layers.first_departed.place} ({layers.first_departed.kind})")
         return ArtifactCheck(proof=proof, problems=tuple(problems), layers=layers)
+
+    def check_coreml(self, path: Path, form: str, deployed: nn.Module | None) -> ArtifactCheck:
+        """Compare a Core ML package; its tensors too where the trained model's inference form, with head, is given.
+
+        Raises:
+            ConversionError: the package cannot be read, or kills the process that interprets it.
+        """
+        proof, name = prove_coreml(path, self.reference), coreml_name(form)
+        layers = None if deployed is None or self.traced is None else self._package_layers(path, form, deployed)
+        problems = [*proof.problems(name)]
+        if layers and layers.first_departed:
+            problems.append(f"departs at {layers.first_departed.place} ({layers.first_departed.kind})")
+        return ArtifactCheck(proof=proof, problems=tuple(problems), layers=layers)
+
+    def _package_layers(self, path: Path, form: str, deployed: nn.Module) -> LayerReport:
+        expected, spec = self.images(), self.spec
+        with tempfile.TemporaryDirectory(prefix="fieldvit-layers-") as directory:
+            shape = (1, spec.height, spec.width, spec.channels)
+            reference = Path(directory) / "float32.mlpackage"
+            coreml.convert(deployed, shape, reference, input_spec_metadata={}, labels=(), is_half=False)
+            return compare_package(
+                path,
+                reference,
+                self.traced or (),
+                self.images(self.reference.spec),
+                artifact=coreml_name(form),
+                is_half=form == HALF,
+                expected_images=expected,
+            )
 
     def images(self, spec: InputSpec | None = None) -> np.ndarray:
         """The images whose tensors are compared, float32 [N, H, W, C], pre-processed as `spec` says, or as trained."""

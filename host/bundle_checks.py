@@ -28,7 +28,7 @@ from host.recipe import Recipe
 from host.stages.data import base_test_images, input_spec, load_model, load_split
 from host.stages.features import over_images, torch_features
 from host.stages.head import LinearHead, load_head
-from host.stages.proof import INFER_PATH, Proof, Reference, coreml_name, min_agreement, prove_coreml
+from host.stages.proof import INFER_PATH, Proof, Reference, coreml_name, min_agreement
 
 CHECK_COLUMNS = (
     "artifact",
@@ -101,8 +101,9 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
         recipe = recipe_of(manifest)
         model = _model(recipe, manifest, runs)
         examiner = _examiner(recipe, manifest, directory, model)
-        if with_layers and model is not None:
-            examiner = replace(examiner, traced=trace(model.deploy(), examiner.images()))
+        deployed = model.deploy() if with_layers and model is not None else None
+        if deployed is not None:
+            examiner = replace(examiner, traced=trace(deployed, examiner.images()))
         heads = {artifact.precision: _head(directory, artifact.precision, manifest) for artifact in manifest.artifacts}
         heads[INFER] = heads[manifest.artifacts[0].precision]  # what it was made from
         files = {artifact.precision: directory / artifact.path for artifact in manifest.artifacts}
@@ -113,16 +114,19 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
         checks = [_check(name, check, manifest, recipe, directory) for name, check in found.items()]
         if model is None:
             checks = [replace(check, is_reference=check.artifact == FLOAT) for check in checks]
+        layers = [check.layers for check in found.values() if check.layers]
         if manifest.coreml:
-            proof = prove_coreml(directory / manifest.coreml.path, examiner.reference)
-            name = coreml_name(manifest.coreml.form)
-            checks.append(Check(artifact=name, proof=proof, problems=proof.problems(name)))
+            if deployed is not None:
+                heads[FLOAT].bake_into(deployed)
+            check = examiner.check_coreml(directory / manifest.coreml.path, manifest.coreml.form, deployed)
+            checks.append(Check(artifact=coreml_name(manifest.coreml.form), proof=check.proof, problems=check.problems))
+            layers += [check.layers] if check.layers else []
         return VerifyReport(
             bundle=bundle.name,
             reference=OWN_FLOAT if model is None else f"the PyTorch model {_weights(recipe, runs)}",
             images=len(examiner.reference.images),
             checks=tuple(checks),
-            layers=tuple(check.layers for check in found.values() if check.layers),
+            layers=tuple(layers),
         )
 
 

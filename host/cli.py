@@ -19,8 +19,11 @@ import typer
 
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
+from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
+from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
+from host.table import print_table as _print_table
 
 app = typer.Typer(
     name="fieldvit",
@@ -36,11 +39,8 @@ BundleArgument = Annotated[Path, typer.Argument(help="A bundle, NAME-VERSION.fie
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 RepoOption = Annotated[Path, typer.Option("--repo", help="The update repository; made if it is not there.")]
-KeysOption = Annotated[
-    Path, typer.Option("--keys", help="Its signing keys; made with the repository. Keep them secret.")
-]
 BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
-RUNS, UPDATES, KEYS = Path("runs"), Path("updates"), Path("keys")
+RUNS = Path("runs")
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click and exports no public name for this class
 
@@ -93,7 +93,7 @@ def run(
     from host.fleet.repository import publish_bundle
 
     board = board or load_recipe(recipe).export.boards[0]
-    publish_bundle(bundle, channel, directory=repo, keys=keys)
+    publish_bundle(bundle, channel, directory=repo, keys=keys, passphrase=read_passphrase(None))
     settings = BoardSettings(id=DeviceId("home", "board-1"), board=board, channel=channel, broker=None, frames="frames")
     _tell_flashed(root, board, flash_directory(bundle, root, repository=repo, settings=settings))
 
@@ -226,18 +226,7 @@ def bench(
         print(*result.notes(), sep="\n")
 
 
-@app.command(epilog="Example: fieldvit publish runs/quickstart/export/quickstart-0.1.0.fieldvit --channel stable")
-def publish(
-    bundle: BundleArgument,
-    channel: Annotated[str, typer.Option(help="The channel that will point at the bundle.")] = "stable",
-    repo: RepoOption = UPDATES,
-    keys: KeysOption = KEYS,
-) -> None:
-    """Sign a bundle into the update repository and point a channel at it."""
-    from host.fleet.repository import publish_bundle
-
-    manifest = publish_bundle(bundle, channel, directory=repo, keys=keys)
-    print(f"{manifest.name} {manifest.version} (release {manifest.release}) is signed into {repo}, channel {channel}")
+app.add_typer(publish_app, name="publish")
 
 
 @app.command(
@@ -552,22 +541,6 @@ def _require_bundle(*bundles: Path) -> None:
 
     for bundle in bundles:
         read_manifest(bundle)
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], as_json: dict[str, Any] | None) -> None:
-    if as_json is not None:
-        print(json.dumps(as_json, indent=1, default=str))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        is_last = index == len(columns) - 1
-        table.add_column(column, no_wrap=not is_last, overflow="fold" if is_last else "ellipsis")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _is_narrow() -> bool:

@@ -12,6 +12,7 @@ from host.quantize.spec import FLOAT
 
 LAYER_COLUMNS = ("artifact", "error", "1 - cosine", "own / allowed", "operation", "module")
 WORST = 5
+_NOT_COMPARED = "its tensors were compared with nothing, the run that made it is not at hand (--runs)"
 
 
 def layer_rows(reports: Sequence[LayerReport]) -> list[tuple[str, ...]]:
@@ -23,8 +24,10 @@ def layer_summary(report: VerifyReport) -> list[str]:
     """One line per artifact."""
     lines = [_summary(found) for found in report.layers]
     if FLOAT not in {found.artifact for found in report.layers}:
-        lines.append("float32: its tensors were compared with nothing, the run that made it is not at hand (--runs)")
-    return [*lines, "coreml: its tensors are not compared"] if _has_coreml(report) else lines
+        lines.append(f"{FLOAT}: {_NOT_COMPARED}")
+    compared = {found.artifact for found in report.layers}
+    missing = [check.artifact for check in report.checks if check.artifact.startswith("coreml")]
+    return lines + [f"{name}: {_NOT_COMPARED}" for name in missing if name not in compared]
 
 
 def layer_record(reports: Sequence[LayerReport]) -> list[dict[str, Any]]:
@@ -61,7 +64,3 @@ def _summary(report: LayerReport) -> str:
 
 def _name(layer: Layer | None) -> str | None:
     return layer.name if layer else None
-
-
-def _has_coreml(report: VerifyReport) -> bool:
-    return any(check.artifact.startswith("coreml") for check in report.checks)

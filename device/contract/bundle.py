@@ -6,26 +6,14 @@ against damage afterwards and against a bundle that was built wrongly: unsafe pa
 
 import hashlib
 import os
-import struct
-import zipfile
-import zlib
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from device.contract.errors import ArtifactError, ChecksumError
-from device.contract.manifest import MANIFEST_NAME, FileEntry, Manifest, require_safe_path
+from device.contract.manifest import MANIFEST_NAME, FileEntry, Manifest
+from device.contract.zipped import Member, list_members, read_member
 
 MAX_MANIFEST_BYTES = 4 << 20
-_DAMAGE = (
-    zipfile.BadZipFile,
-    EOFError,
-    OSError,
-    ValueError,
-    RuntimeError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-)
-"""What `zipfile` raises on a damaged file; a flipped bit may claim encryption, compression or bytes beyond the end."""
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -36,8 +24,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """
     if bundle.is_dir():
         return _manifest_of_directory(bundle)
-    with _open(bundle) as archive:
-        return _manifest_of_archive(archive, bundle)
+    return Manifest.from_json(_manifest_bytes(bundle, list_members(bundle)))
 
 
 def extract(bundle: Path, directory: Path) -> Manifest:
@@ -47,13 +34,14 @@ def extract(bundle: Path, directory: Path) -> Manifest:
         ArtifactError: unsafe, missing or unlisted files.
         ChecksumError: a file's bytes are not the manifest's.
     """
-    with _open(bundle) as archive:
-        manifest = _manifest_of_archive(archive, bundle)
-        _require_same_names(set(archive.namelist()) - {MANIFEST_NAME}, set(manifest.files), bundle)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, entry in manifest.files.items():
-            _write_synced(directory / name, _read_member(archive, name, entry))
-        _write_synced(directory / MANIFEST_NAME, manifest.to_json().encode())
+    members = list_members(bundle)
+    text = _manifest_bytes(bundle, members)
+    manifest = Manifest.from_json(text)
+    _require_same_names(members.keys() - {MANIFEST_NAME}, manifest.files.keys(), bundle)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, entry in manifest.files.items():
+        _write_synced(directory / name, _read_listed(bundle, members[name], entry))
+    _write_synced(directory / MANIFEST_NAME, text)
     _sync_directories(directory)
     return manifest
 
@@ -69,23 +57,13 @@ def verify_directory(directory: Path) -> Manifest:
     return manifest
 
 
-def _open(bundle: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(bundle)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{bundle}: no such bundle; build one with 'fieldvit export'") from error
-    except _DAMAGE as error:
-        raise ArtifactError(f"{bundle}: not a bundle ({error}); build it again with 'fieldvit export'") from error
-
-
-def _manifest_of_archive(archive: zipfile.ZipFile, bundle: Path) -> Manifest:
-    try:
-        info = archive.getinfo(MANIFEST_NAME)
-    except KeyError as error:
-        raise ArtifactError(f"{bundle}: has no {MANIFEST_NAME}; it is not a FieldViT bundle") from error
-    if info.file_size > MAX_MANIFEST_BYTES or info.compress_type != zipfile.ZIP_STORED:
-        raise ArtifactError(f"{bundle}: {MANIFEST_NAME} is compressed or over {MAX_MANIFEST_BYTES} bytes")
-    return Manifest.from_json(_read_bytes(archive, info))
+def _manifest_bytes(bundle: Path, members: Mapping[str, Member]) -> bytes:
+    member = members.get(MANIFEST_NAME)
+    if member is None:
+        raise ArtifactError(f"{bundle}: has no {MANIFEST_NAME}; it is not a FieldViT bundle")
+    if member.bytes > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{bundle}: {MANIFEST_NAME} has over {MAX_MANIFEST_BYTES} bytes; build the bundle again")
+    return read_member(bundle, member)
 
 
 def _manifest_of_directory(directory: Path) -> Manifest:
@@ -95,29 +73,20 @@ def _manifest_of_directory(directory: Path) -> Manifest:
         raise ArtifactError(f"{directory}: has no {MANIFEST_NAME}; install a bundle there first") from error
 
 
-def _require_same_names(found: set[str], listed: set[str], bundle: Path) -> None:
+def _require_same_names(found: Set[str], listed: Set[str], bundle: Path) -> None:
     if found != listed:
-        odd = ", ".join(sorted(found ^ listed))
+        odd = ", ".join(sorted(map(repr, found ^ listed)))
         raise ArtifactError(f"{bundle}: files and manifest disagree about {odd}; build the bundle again")
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, entry: FileEntry) -> bytes:
-    require_safe_path(name)
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != entry.bytes:
+def _read_listed(bundle: Path, member: Member, entry: FileEntry) -> bytes:
+    if member.bytes != entry.bytes:
         raise ArtifactError(
-            f"{name}: {info.file_size} bytes in the bundle, {entry.bytes} in its manifest; copy it again"
+            f"{member.name}: {member.bytes} bytes in the bundle, {entry.bytes} in its manifest; copy it again"
         )
-    content = _read_bytes(archive, info)
-    _require_match(name, content, entry)
+    content = read_member(bundle, member)
+    _require_match(member.name, content, entry)
     return content
-
-
-def _read_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    try:
-        return archive.read(info)
-    except _DAMAGE as error:
-        raise ArtifactError(f"{info.filename}: damaged ({error!r}); copy the bundle again") from error
 
 
 def _require_match(name: str, content: bytes, entry: FileEntry) -> None:

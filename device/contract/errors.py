@@ -5,6 +5,7 @@ DeviceError                 1
 +-- ArtifactError           3   (ValueError)    a bundle, manifest or model file is unusable
 |   +-- ChecksumError                           its bytes are not the bytes that were signed for
 |   +-- BoardMismatchError                      it was built for other boards
+|   +-- SchemaError                             its manifest has a schema that this version does not read
 |   +-- NoVerdictError                          its self-test took too long or was killed, perhaps by a busy board
 +-- MessageError            4   (ValueError)    an MQTT payload or topic breaks the contract
 +-- UpdateRefusedError      5   (RuntimeError)  an update was refused; the running model was not touched
@@ -51,6 +52,10 @@ class ChecksumError(ArtifactError):
 
 class BoardMismatchError(ArtifactError):
     """A bundle was built for other boards than this one."""
+
+
+class SchemaError(ArtifactError):
+    """A manifest of a schema that this version of the agent does not read."""
 
 
 class NoVerdictError(ArtifactError):

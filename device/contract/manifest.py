@@ -5,17 +5,25 @@ JSON, schema version 1. Nothing in it is a measured time, so the same recipe on 
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from device.contract.errors import ArtifactError
+from device.contract.errors import ArtifactError, SchemaError
 from device.contract.records import from_table, to_table
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SEMVER = re.compile(r"\d+\.\d+\.\d+")
+_SEMVER = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}", re.ASCII)
+MAX_RELEASE = 2**53 - 1
+"""Beyond it JavaScript counts wrongly."""
+MAX_GOLDEN_TOLERANCE = 0.5
+"""A model that may be off by half its largest feature would prove nothing."""
+MAX_PATH_BYTES = 240
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,13 @@ class Artifact:
     min_cosine: float
     max_abs_difference: float
     golden_tolerance: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.golden_tolerance <= MAX_GOLDEN_TOLERANCE:
+            raise ArtifactError(
+                f"manifest.golden_tolerance of {self.precision!r} must be above 0 and at most {MAX_GOLDEN_TOLERANCE}, "
+                f"got {self.golden_tolerance}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,14 +132,15 @@ class Manifest:
             raise ArtifactError(f"manifest.name {self.name!r} must match {_NAME.pattern}")
         if not _SEMVER.fullmatch(self.version):
             raise ArtifactError(f"manifest.version {self.version!r} must be like 1.2.3")
-        if self.release < 1:
-            raise ArtifactError(f"manifest.release must be 1 or more, got {self.release}")
+        if not 1 <= self.release <= MAX_RELEASE:
+            raise ArtifactError(f"manifest.release must be 1 or more, up to {MAX_RELEASE}, got {self.release}")
         if not self.artifacts or not self.labels or not self.boards:
             raise ArtifactError("manifest: artifacts, labels and boards must not be empty")
         if len({artifact.precision for artifact in self.artifacts}) != len(self.artifacts):
             raise ArtifactError("manifest: two artifacts have the same precision")
-        for path in [*self.files, *(artifact.path for artifact in self.artifacts)]:
-            require_safe_path(path)
+        if len(set(self.labels)) != len(self.labels) or not all(label.isprintable() and label for label in self.labels):
+            raise ArtifactError("manifest.labels: must be printable, and no two the same")
+        require_safe_paths([MANIFEST_NAME, *self.files])
         for artifact in self.artifacts:
             if artifact.path not in self.files:
                 raise ArtifactError(f"manifest: artifact {artifact.path} is not among its files")
@@ -148,12 +164,13 @@ class Manifest:
             ArtifactError: not JSON, another schema version, unknown or missing keys, or a value out of range.
         """
         try:
-            table = json.loads(text)
-        except ValueError as error:
+            table = json.loads(text, parse_constant=_refuse_constant)
+            json.dumps(table, ensure_ascii=False).encode()  # half of a surrogate pair is a text that nobody can write
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{MANIFEST_NAME}: not JSON ({error}); build the bundle again") from error
         schema = table.get("schema") if isinstance(table, dict) else None
-        if schema != SCHEMA_VERSION:
-            raise ArtifactError(
+        if type(schema) is not int or schema != SCHEMA_VERSION:
+            raise SchemaError(
                 f"{MANIFEST_NAME}: schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads; "
                 "update the agent, or build the bundle with a matching host"
             )
@@ -161,7 +178,26 @@ class Manifest:
 
 
 def require_safe_path(path: str) -> None:
-    """Refuse absolute paths, `..` and backslashes: a bundle must not write outside its slot."""
+    """Refuse what would be written outside its slot, or is no name of a file on every system that reads bundles."""
     parts = PurePosixPath(path).parts
-    if not path or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
-        raise ArtifactError(f"bundle: unsafe path {path!r}")
+    is_plain = path == "/".join(parts) and ".." not in parts and not path.startswith("/") and bool(path)
+    has_name = not any(_DEVICE_NAME.fullmatch(part) or part.endswith((".", " ")) for part in parts)
+    if not is_plain or not has_name or _UNSAFE.search(path) or len(path.encode(errors="replace")) > MAX_PATH_BYTES:
+        raise ArtifactError(f"bundle: unsafe path {path[:80]!r}")
+
+
+def require_safe_paths(paths: Iterable[str]) -> None:
+    """`require_safe_path` for each, and none that is the directory of another, or the same but for its case."""
+    seen: set[str] = set()
+    for path in paths:
+        require_safe_path(path)
+        if path.casefold() in seen:
+            raise ArtifactError(f"bundle: two files are named {path!r}")
+        seen.add(path.casefold())
+    for path in seen:
+        if any(str(parent) in seen for parent in PurePosixPath(path).parents):
+            raise ArtifactError(f"bundle: {path!r} lies in a file")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")

@@ -23,7 +23,17 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 20
 EVENT_PREFIX = "io.fieldvit."
-EVENT_KINDS = ("installed", "confirmed", "rolled-back", "refused", "drift", "learned", "unlearned", "error")
+EVENT_KINDS = (
+    "downloaded",
+    "installed",
+    "confirmed",
+    "rolled-back",
+    "refused",
+    "drift",
+    "learned",
+    "unlearned",
+    "error",
+)
 VERBS = (
     *("learn", "undo", "update", "rollback"),
     *("set-sampling", "snapshot", "rebirth", "diagnostics", "status"),

@@ -4,6 +4,7 @@ Every configuration, board profile, recipe and manifest is read through `from_ta
 mistakes with the same words. Defaults live in the dataclasses and nowhere else.
 """
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -72,9 +73,11 @@ def _convert(hint: Any, value: Any, where: str, error: type[Exception]) -> Any:
         return {key: _convert(arguments[1], item, f"{where}.{key}", error) for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
-            return float(value)
+            value = float(value)
         except OverflowError as too_large:
             raise error(f"{where}: the number is too large") from too_large
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise error(f"{where}: must be a finite number, got {value}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise error(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

@@ -30,7 +30,7 @@ class Outer:
 
 GOOD = {"name": "x", "inner": {"size": 1}}
 
-inners = st.builds(Inner, size=st.integers(), ratio=st.floats(allow_nan=False))
+inners = st.builds(Inner, size=st.integers(), ratio=st.floats(allow_nan=False, allow_infinity=False))
 outers = st.builds(
     Outer,
     name=st.text(),
@@ -59,6 +59,7 @@ def test_records_come_back(record):
         ({"parts": [{"size": 1}, {"size": 1.5}]}, r"t\.parts\[1\]\.size: expected int, got 1\.5"),
         ({"parts": "ab"}, r"t\.parts: expected a list"),
         ({"notes": {"a": 1}}, r"t\.notes\.a: expected str, got 1"),
+        ({"inner": {"size": 1, "ratio": float("nan")}}, r"t\.inner\.ratio: must be a finite number, got nan"),
         ({"flag": 1}, r"t\.flag: expected bool, got 1"),
         ({"name": None}, r"t\.name: expected str, got None"),
     ],

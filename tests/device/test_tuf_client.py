@@ -8,9 +8,10 @@ from typing import NoReturn
 
 import pytest
 
-import host.fleet.repository
+import host.fleet.metadata
 from device.contract.errors import ConfigError, UpdateRefusedError
-from device.tuf_client import UpdateSource
+from device.trusted_time import TrustedTime
+from device.tuf_client import UpdateSource, open_source
 from host.fleet.repository import UpdateRepository
 from tests.support.bundles import make_manifest, write_plain_bundle
 
@@ -31,8 +32,9 @@ def publish(repo: UpdateRepository, release: int) -> None:
 
 
 def fetch(tmp_path: Path, source: str = "repo", channel: str = "stable", max_bytes: int = 1 << 20) -> Path:
-    update_source = UpdateSource(tmp_path / source, tmp_path / "root")
-    return update_source.download(update_source.offer(channel), max_bytes=max_bytes)
+    root = tmp_path / "root"
+    update_source = UpdateSource(open_source(tmp_path / source), root, time=TrustedTime(root / "clock.json"))
+    return update_source.download(update_source.offer(channel), max_bytes=max_bytes).path
 
 
 def bundle_target(directory: Path) -> Path:
@@ -54,18 +56,16 @@ def sign_with_other_keys(directory: Path) -> None:
 
 def expire(directory: Path) -> None:
     keys = directory.parent / "keys"
-    lifetimes = {**host.fleet.repository.LIFETIME_DAYS, "timestamp": -1}
+    lifetimes = {**host.fleet.metadata.LIFETIME_DAYS, "timestamp": -1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host.fleet.repository, "LIFETIME_DAYS", lifetimes)
+        patch.setattr(host.fleet.metadata, "LIFETIME_DAYS", lifetimes)
         publish(UpdateRepository.open_or_create(directory, keys), 2)
 
 
 WRONG: dict[str, Callable[[Path], object]] = {
     "signature": sign_with_other_keys,
     "checksum": flip_a_byte,
-    "too-large": lambda directory: bundle_target(directory).write_bytes(
-        bundle_target(directory).read_bytes() + b"more"
-    ),
+    "endless": lambda directory: bundle_target(directory).write_bytes(bundle_target(directory).read_bytes() + b"more"),
     "expired": expire,
     "unreachable": shutil.rmtree,
 }
@@ -109,7 +109,9 @@ def test_damaged_metadata_is_refused(repo: UpdateRepository, tmp_path: Path, nam
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UpdateRefusedError) as refused:
         fetch(tmp_path)
-    assert refused.value.reason == ("unreachable" if content is None else "signature")
+    of_snapshot = "unreachable" if content is None else "mixed"  # their length and hash are signed for
+    of_timestamp = "unreachable" if content is None else "signature"
+    assert refused.value.reason == (of_timestamp if name == "timestamp.json" else of_snapshot)
     path.write_bytes(good)
     assert fetch(tmp_path).exists()
 
@@ -144,7 +146,7 @@ def test_a_disk_that_fails_is_refused_as_such(repo: UpdateRepository, tmp_path: 
     assert refused.value.reason == "disk"
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "shutil.disk_usage", "shutil.copyfileobj", "pathlib.Path.iterdir"])
+@pytest.mark.parametrize("call", ["os.fsync", "shutil.disk_usage", "os.replace", "pathlib.Path.iterdir"])
 def test_a_disk_that_is_full_is_refused_as_such(
     repo: UpdateRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ):

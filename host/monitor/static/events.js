@@ -2,6 +2,7 @@
 import { h, isNumber, significant, timeElement } from "/static/ui.js";
 
 export const kinds = {
+  downloaded: ["Downloaded", "muted"],
   installed: ["Installed", "accent"],
   confirmed: ["Confirmed", "good"],
   "rolled-back": ["Rolled back", "bad"],
@@ -13,8 +14,13 @@ export const kinds = {
 };
 
 const reasons = {
-  unsigned: "it is not signed by enough keys",
+  signature: "it is not signed by enough keys",
   expired: "its signatures have expired",
+  mixed: "its metadata do not belong together",
+  endless: "it is longer than it was signed for",
+  slow: "the source gives almost nothing",
+  pointer: "the channel names another bundle",
+  schema: "it was written for a newer agent",
   rollback: "it is older than what the device already has",
   checksum: "its bytes are not the ones that were signed",
   board: "it was built for another board",
