@@ -193,12 +193,12 @@ class Fleet:
         return flash_ssh(bundle, self.remote, repository=self.repository.directory, settings=SETTINGS, wheels=wheels)
 
     def tree(self) -> dict[str, tuple[str, int]]:
-        """Content and time of every file; TUF's client writes its metadata anew at each look."""
+        """Content and time of every file; without what a board notes at each look for an update."""
         found = self.root.rglob("*")
         return {
             str(path): (sha256_of(path), 0 if "tuf" in path.parts else path.stat().st_mtime_ns)
             for path in found
-            if path.is_file() and path.name not in ("agent.lock",) and "__pycache__" not in path.parts
+            if path.is_file() and path.name not in ("agent.lock", "clock.json") and "__pycache__" not in path.parts
         }
 
 
