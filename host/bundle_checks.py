@@ -27,7 +27,7 @@ from host.quantize.spec import FLOAT
 from host.recipe import Recipe
 from host.stages.data import base_test_images, input_spec, load_model, load_split
 from host.stages.features import over_images, torch_features
-from host.stages.head import LinearHead, load_head
+from host.stages.head import LinearHead, fit_head, load_head
 from host.stages.proof import INFER_PATH, Proof, Reference, coreml_name, min_agreement
 
 CHECK_COLUMNS = (
@@ -116,8 +116,10 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
             checks = [replace(check, is_reference=check.artifact == FLOAT) for check in checks]
         layers = [check.layers for check in found.values() if check.layers]
         if manifest.coreml:
-            if deployed is not None:
-                heads[FLOAT].bake_into(deployed)
+            if deployed is not None and model is not None:  # Core ML has the head of PyTorch's own features
+                fit_head(recipe, load_split(recipe), input_spec(recipe), torch_features(model)).linear.bake_into(
+                    deployed
+                )
             check = examiner.check_coreml(directory / manifest.coreml.path, manifest.coreml.form, deployed)
             checks.append(Check(artifact=coreml_name(manifest.coreml.form), proof=check.proof, problems=check.problems))
             layers += [check.layers] if check.layers else []

@@ -88,17 +88,18 @@ def test_second_run_uses_the_finished_stages_and_repeats_the_bundle(short_run, b
 def test_bundle_verifies_against_pytorch_and_without_the_run(short_run, bundle, tmp_path):
     report = verify_bundle(bundle, short_run[0].parent, with_layers=True)
     report.require_passed()
-    assert [found.artifact for found in report.layers] == ["int8", "float32", "infer"]
+    assert [found.artifact for found in report.layers] == ["int8", "float32", "infer", "coreml"]
     assert not any(found.first_departed for found in report.layers)
     assert "PyTorch" in report.reference
     assert {check.artifact for check in report.checks} == {"int8", "float32", "infer", "coreml"}
     drawing = draw_layers(report.layers, bundle, tmp_path)
     assert drawing.read_text().startswith("<svg")
-    assert {row[0] for row in layer_rows(report.layers)} == {"int8", "float32", "infer"}
+    assert {row[0] for row in layer_rows(report.layers)} == {"int8", "float32", "infer", "coreml"}
     assert "float32: no tensor departs from PyTorch" in layer_summary(report)
     alone = verify_bundle(bundle, tmp_path)
     alone.require_passed()
-    assert any("float32: its tensors were compared with nothing" in line for line in layer_summary(alone))
+    for artifact in ("float32", "coreml"):
+        assert any(f"{artifact}: its tensors were compared with nothing" in line for line in layer_summary(alone))
     assert "own float32 file" in alone.reference
     assert [check.artifact for check in alone.checks if check.is_reference] == ["float32"]
 
