@@ -7,8 +7,13 @@ receiver drops repeated sequence numbers), so no message is remembered in two pl
 MQTT 5 first: its reason codes tell a message that the broker took from one that it threw away, and its limits (receive
 maximum, packet size) are kept. A broker that refuses 5 is asked with 3.1.1 from then on. One that hangs up or says nothing
 is asked with 3.1.1 once, and with 5 again at the next connect, because one that was just stopped does the same; after
-`GUESSES` such connects it is taken for one that knows no 5. No message expiry: what a broker forgets by itself would be lost without being counted. Replies go first: they carry no sequence number,
-and whoever asked waits for them. All else goes in its order.
+`GUESSES` such connects it is taken for one that knows no 5. No message expiry: what a broker forgets by itself would be
+lost without being counted. Replies go first: they carry no sequence number, and whoever asked waits for them. All else
+goes in its order.
+
+What a broker took though nobody subscribes is not delivered: a broker that is killed may come back without the monitor's
+session, and the board may be back before the monitor. MQTT 5 tells, so such a message stays in the spool, and after each
+connect one message goes ahead of the others to find out. MQTT 3.1.1 cannot tell.
 """
 
 import logging
@@ -48,6 +53,9 @@ MAX_RESULTS = 1000
 GUESSES = 2
 _MQTT_5, _MQTT_311 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
 _OTHER_PROTOCOL = ("Unsupported protocol version", "Protocol error")
+NOBODY = "No matching subscribers"
+NOBODY_S = 2.0
+"""How often the oldest message is tried while nobody subscribes."""
 _HOPELESS = ("Packet too large", "Payload format invalid", "Topic name invalid")
 """Why a broker will never take a message, however often it comes. Any other refusal may pass."""
 
@@ -104,6 +112,9 @@ class Connection:
         self.thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
         self._flight = Flight()
         self._last_sent = self._last_reply = 0
+        self._scout: int | None = None  # the spool's id of the message that is to find out whether anybody subscribes
+        self._is_heard = False
+        self._next_scout = 0.0
         self._max_packet_bytes: int | None = None  # the broker's
         self._is_refused = False
         self._version = _MQTT_5
@@ -171,6 +182,7 @@ class Connection:
     def _session(self) -> None:
         """Connect and serve until the connection is lost or the agent stops."""
         self._last_sent = self._last_reply = 0
+        self._scout, self._is_heard, self._next_scout = None, False, 0.0
         self._refusal, self._is_refused = "", False
         name = f"fieldvit-{self._device.site}-{self._device.device}"
         client = create_client(self._config, self._base, name, protocol=self._version, is_persistent=True)
@@ -205,27 +217,42 @@ class Connection:
             sent = client.publish(self._device.topic("state"), birth, qos=1, retain=True)
             self._flight.add(sent.mid, None, len(birth))
         for message in self._pending(self._last_reply, are_replies=True):
-            if not self._send(client, message):
+            if not (self._drop_too_large(message) or self._send(client, message)):
                 return
             self._last_reply = message.id
-        for message in self._pending(self._last_sent, are_replies=False):
-            if not self._send(client, message):
-                return
-            self._last_sent = message.id
+        self._send_in_order(client)
         while self._results and not client.want_write():  # what paho holds back would pile up in memory
             client.publish(self._device.topic("result"), self._results.popleft(), qos=0)
+
+    def _send_in_order(self, client: paho.Client) -> None:
+        """Telemetry and events: one ahead, and the others once that one was heard."""
+        if not self._is_heard and (self._scout is not None or time.monotonic() < self._next_scout):
+            return
+        for message in self._pending(self._last_sent, are_replies=False):
+            is_dropped = self._drop_too_large(message)
+            if not (is_dropped or self._send(client, message)):
+                return
+            self._last_sent = message.id
+            if not (is_dropped or self._is_heard):
+                self._scout = message.id
+                return
 
     def _pending(self, after: int, *, are_replies: bool) -> list[Message]:
         room = self._flight.room()
         return self._spool.pending(after, room, are_replies=are_replies) if room else []
 
+    def _drop_too_large(self, message: Message) -> bool:
+        """Drop what is over the broker's limit for a packet, and say whether it was."""
+        size = len(message.payload) + len(self._device.topic(message.kind)) + 16
+        if self._max_packet_bytes is None or size <= self._max_packet_bytes:
+            return False
+        log.error("mqtt: a %s of %d bytes is over the broker's limit and is dropped", message.kind, size)
+        self._spool.drop(message.id)
+        return True
+
     def _send(self, client: paho.Client, message: Message) -> bool:
-        """Send or drop a message; False where it must wait."""
+        """Send a message; False where it must wait."""
         topic, size = self._device.topic(message.kind), len(message.payload)
-        if self._max_packet_bytes is not None and size + len(topic) + 16 > self._max_packet_bytes:
-            log.error("mqtt: a %s of %d bytes is over the broker's limit and is dropped", message.kind, size)
-            self._spool.drop(message.id)
-            return True
         if not self._flight.fits(size):
             return False
         sent = client.publish(topic, message.payload, qos=1)
@@ -301,13 +328,24 @@ class Connection:
         message_id = self._flight.land(mid)
         if message_id is None:
             return
-        if not reason.is_failure:
+        if str(reason) == NOBODY:
+            self._wait_for_a_listener(message_id)
+        elif not reason.is_failure:
+            self._is_heard |= message_id == self._scout
             self._spool.acknowledge(message_id)
         elif str(reason) in _HOPELESS:
             log.error("mqtt: the broker will not take a message (%s); it is dropped", reason)
             self._spool.drop(message_id)
+            self._scout = None if message_id == self._scout else self._scout
         else:  # its rules or its quota may change; the message waits in the spool
             self._refusal = f"the broker refused a message ({reason}); check its access rules"
+
+    def _wait_for_a_listener(self, message_id: int) -> None:
+        """Keep a message that nobody heard, and begin again with the oldest after a while."""
+        if self._is_heard or self._next_scout == 0.0:
+            log.warning("mqtt: nobody subscribes to what this board has to say; messages wait in the spool")
+        self._is_heard, self._scout, self._last_sent = False, None, 0
+        self._next_scout = time.monotonic() + NOBODY_S
 
     def _report(self, trouble: str) -> None:
         if trouble != self._trouble:

@@ -63,6 +63,7 @@ def test_no_malformed_input_crashes_hangs_or_grows(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho forgets sockets it cannot secure
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_lose_nothing_and_leave_the_order(name):
     (job,) = [job for job in broker_faults.list_jobs(messages=5000, faults=1, rate=100) if job.key["fault"] == name]

@@ -117,6 +117,22 @@ def wait_until(condition, timeout_s: float = 10) -> None:
         time.sleep(0.05)
 
 
+def test_messages_wait_in_their_order_until_somebody_subscribes(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(device.mqtt, "NOBODY_S", 0.2)
+    payloads = [b"%d" % number for number in range(50)]
+    with mosquitto(tmp_path) as port, connection(tmp_path, port) as (link, spool):
+        for payload in payloads:
+            spool.put("event", payload)
+        wait_until(lambda: "nobody subscribes" in caplog.text)
+        time.sleep(0.5)
+        assert (spool.depth, link.is_connected) == (50, True)
+        assert caplog.text.count("nobody subscribes") == 1
+        with listen(port, PREFIX) as listener:
+            wait_until(lambda: not spool.depth)
+            time.sleep(0.2)
+            assert listener.all("event") == payloads
+
+
 def test_a_command_sent_while_the_device_is_away_waits_at_the_broker(tmp_path: Path):
     commands: list[bytes] = []
     with mosquitto(tmp_path) as port, listen(port, PREFIX) as listener:
