@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters.errors import ConversionError
+from converters.quiet import quiet
 
 ArrayOf = Callable[[np.ndarray], np.ndarray]
 
@@ -31,3 +33,55 @@ def open_classifier(path: Path) -> ArrayOf:
         raise ConversionError(f"{path}: has no signature serving_default; export it again")
     runner = interpreter.get_signature_runner("serving_default")
     return lambda images: np.concatenate([runner(images=image[None])["logits"] for image in images])
+
+
+def open_in_litert(path: Path) -> ArrayOf:
+    """A TFLite file in our own LiteRT, by the same code as in the runtimes below: [N, H, W, C] to features or logits."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    return _answers(Interpreter, path, "LiteRT")
+
+
+def open_in_tflite_runtime(path: Path) -> ArrayOf:
+    """The same in tflite-runtime, which boards without a LiteRT wheel have; needs its environment."""
+    from tflite_runtime.interpreter import Interpreter
+
+    return _answers(Interpreter, path, "tflite-runtime")
+
+
+def open_in_tensorflow(path: Path) -> ArrayOf:
+    """The same in `tf.lite`; needs the environment that has TensorFlow."""
+    with quiet():
+        import tensorflow
+
+    return _answers(tensorflow.lite.Interpreter, path, "tf.lite")
+
+
+def _answers(interpreter_class: Any, path: Path, runtime: str) -> ArrayOf:
+    """What a file's signature `features`, or else `serving_default`, gives first: [N, H, W, C] to [N, D] or [N, K].
+
+    Raises:
+        ConversionError: the runtime cannot load or run the file; the message names it and the operation.
+    """
+    try:
+        with quiet():
+            interpreter = interpreter_class(model_path=str(path), num_threads=1)
+            name = next(name for name in ("features", "serving_default") if name in interpreter.get_signature_list())
+            run = interpreter.get_signature_runner(name)
+    except StopIteration:
+        raise ConversionError(f"{path}: has no signature features or serving_default; export it again") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _unable(runtime, path, error) from error
+    (source,), target = run.get_input_details(), next(iter(run.get_output_details()))
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        try:
+            return np.concatenate([run(**{source: image[None]})[target] for image in images])
+        except (ValueError, RuntimeError) as error:
+            raise _unable(runtime, path, error) from error
+
+    return answer
+
+
+def _unable(runtime: str, path: Path, error: Exception) -> ConversionError:
+    return ConversionError(f"{path}: {runtime} cannot run it ({' '.join(str(error).split())})")
