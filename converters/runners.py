@@ -1,6 +1,7 @@
 """Whole artifacts as functions of images, light enough for a child process of `converters.isolate`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,19 @@ def open_in_tflite_runtime(path: Path) -> ArrayOf:
 
 
 def open_in_tensorflow(path: Path) -> ArrayOf:
-    """The same in `tf.lite`; needs the environment that has TensorFlow."""
+    """The same in `tf.lite`, with TensorFlow's plain kernels; needs the environment that has it.
+
+    LiteRT computes with XNNPACK, so other kernels say more. TensorFlow 2.19's own XNNPACK refuses depthwise convolutions
+    with float16 weights, and makes NaN of others.
+    """
     with quiet():
-        import tensorflow
+        import tensorflow as tf
 
-    return _answers(tensorflow.lite.Interpreter, path, "tf.lite")
+        resolver = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return _answers(partial(tf.lite.Interpreter, experimental_op_resolver_type=resolver), path, "tf.lite")
 
 
-def _answers(interpreter_class: Any, path: Path, runtime: str) -> ArrayOf:
+def _answers(make_interpreter: Callable[..., Any], path: Path, runtime: str) -> ArrayOf:
     """What a file's signature `features`, or else `serving_default`, gives first: [N, H, W, C] to [N, D] or [N, K].
 
     Raises:
@@ -65,7 +71,7 @@ def _answers(interpreter_class: Any, path: Path, runtime: str) -> ArrayOf:
     """
     try:
         with quiet():
-            interpreter = interpreter_class(model_path=str(path), num_threads=1)
+            interpreter = make_interpreter(model_path=str(path), num_threads=1)
             name = next(name for name in ("features", "serving_default") if name in interpreter.get_signature_list())
             run = interpreter.get_signature_runner(name)
     except StopIteration:
