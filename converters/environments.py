@@ -41,7 +41,7 @@ class Environment:
     @property
     def missing(self) -> str:
         """What is not there, in words."""
-        return f"{self.holds} is not installed (no finished {self.directory} in {Path.cwd()})"
+        return f"{self.holds} is not installed (no finished {self.directory} in {Path.cwd()} or {_CHECKOUT})"
 
 
 ONNX2TF = Environment(directory=".venv-onnx2tf", target="onnx2tf-env", holds="onnx2tf with TensorFlow")

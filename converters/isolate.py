@@ -21,7 +21,11 @@ from converters.errors import ConversionError
 Opener = Callable[[Path], Callable[..., Any]]
 """Loads a file and returns what answers calls. The child imports it by name, so it is a function of a module."""
 _CHILD = "import sys; from converters.isolate import serve; serve(int(sys.argv[1]))"
-_ELSEWHERE = "import sys; sys.path.append(sys.argv[2]); from converters.isolate import serve; serve(int(sys.argv[1]))"
+# our packages are these and no installed ones; then their folder goes, where another NumPy may lie beside them
+_ELSEWHERE = (
+    "import sys; sys.path.insert(0, sys.argv[2]); import converters, device; del sys.path[0]; "
+    "from converters.isolate import serve; serve(int(sys.argv[1]))"
+)
 _ROOT = Path(__file__).resolve().parents[1]
 _GRACE_S = 5.0
 
@@ -35,9 +39,8 @@ def opened(opener: Opener, path: Path, *, python: Path | None = None) -> Iterato
     Args:
         opener: see `Opener`.
         path: the file.
-        python: the interpreter of another environment. Our own packages are found there too, behind its own; the opener
-            may import no others of ours than the standard library, NumPy and that environment's packages allow, and
-            must turn their errors into ours.
+        python: the interpreter of another environment. `converters` and `device` are imported there too; the opener may
+            import of them what that environment's packages allow, and must turn their errors into ours.
 
     Raises:
         ConversionError: the file killed the process; the message names the file and the signal.

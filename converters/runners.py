@@ -36,6 +36,19 @@ def open_classifier(path: Path) -> ArrayOf:
     return lambda images: np.concatenate([runner(images=image[None])["logits"] for image in images])
 
 
+def open_outputs(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Every output of `serving_default` by name, image by image: float32 [N, H, W, C] to [N, ...] each."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(model_path=str(path), num_threads=1).get_signature_runner("serving_default")
+
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
+        found = [runner(images=image[None]) for image in images]
+        return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
+
+    return answer
+
+
 def open_in_litert(path: Path) -> ArrayOf:
     """A TFLite file in our own LiteRT, by the same code as in the runtimes below: [N, H, W, C] to features or logits."""
     from ai_edge_litert.interpreter import Interpreter

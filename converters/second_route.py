@@ -63,7 +63,7 @@ def _convert(
         found = directory / "model.tflite"
         _run_child(python, onnx_path, found, signature, type(model).__name__)
         assert_builtin_ops(found)
-        _require_shapes(found, signature, {"images": input_shape, FEATURES: (1, dim)}, with_logits=with_logits)
+        require_shapes(found, signature, {"images": input_shape, FEATURES: (1, dim)}, with_logits=with_logits)
         write_atomic(path, found.read_bytes())
     return path
 
@@ -90,7 +90,7 @@ def _run_child(python: Path, onnx_path: Path, path: Path, signature: str, name: 
     except OSError as error:
         raise ConversionError(f"{python} cannot be started ({error}); run: make {ONNX2TF.target}") from error
     if done.returncode or not path.exists():
-        raise RefusedModelError(f"onnx2tf cannot convert {name}: {_cause(done.returncode, done.stdout)}")
+        raise RefusedModelError(f"onnx2tf cannot convert {name}: {cause_of(done.returncode, done.stdout)}")
 
 
 def _environment(python: Path) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _environment(python: Path) -> dict[str, str]:
     }
 
 
-def _cause(code: int, said: str) -> str:
+def cause_of(code: int, said: str) -> str:
     """What an onnx2tf run that failed has to say, in one line: the error, and the operation where it names one."""
     if code < 0:
         return f"its process ended with signal {-code}"
@@ -114,7 +114,7 @@ def _cause(code: int, said: str) -> str:
     return place + " ".join(cause.split())
 
 
-def _require_shapes(path: Path, signature: str, shapes: Mapping[str, tuple[int, ...]], *, with_logits: bool) -> None:
+def require_shapes(path: Path, signature: str, shapes: Mapping[str, tuple[int, ...]], *, with_logits: bool) -> None:
     """Refuse a file whose axes the converter has exchanged: it would run, on other frames."""
     model = flatbuffer.read_model(path)
     definition, graph = flatbuffer.definition(model, signature), flatbuffer.subgraph_of(model, signature)

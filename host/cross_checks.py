@@ -7,7 +7,7 @@ LiteRT wheel have it, and `tf.lite`.
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +52,11 @@ class CrossCheck:
     """One artifact against one other tool.
 
     Args:
-        artifact: its precision, or `infer`.
+        artifact: its precision, or `infer`; `all` where none could be checked.
         checked_with: the other tool.
         images: how many were compared; 0: none, `note` says why.
         difference: the largest, as a share of the largest value; None where nothing was compared.
-        allowed: what it may be.
+        allowed: what it may be; None as above.
         problem: what is wrong, in words; empty where nothing is.
         note: why nothing was compared.
     """
@@ -65,14 +65,14 @@ class CrossCheck:
     checked_with: str
     images: int = 0
     difference: float | None = None
-    allowed: float
+    allowed: float | None = None
     problem: str = ""
     note: str = ""
 
     def row(self) -> tuple[str, ...]:
-        difference = "-" if self.difference is None else f"{self.difference:.1e}"
+        figures = ("-" if value is None else f"{value:.1e}" for value in (self.difference, self.allowed))
         verdict = self.problem or (f"not run: {self.note}" if self.note else "passed")
-        return (self.artifact, self.checked_with, str(self.images), difference, f"{self.allowed:.1e}", verdict)
+        return (self.artifact, self.checked_with, str(self.images), *figures, verdict)
 
 
 def check_second_route(model: nn.Module, float_path: Path, reference: Reference) -> CrossCheck:
@@ -87,7 +87,7 @@ def check_second_route(model: nn.Module, float_path: Path, reference: Reference)
         path = Path(temporary) / "second.tflite"
         second_route.convert_backbone(model.deploy(), _input_shape(spec), path)  # type: ignore[operator]
         expected, found = _answers(float_path, images), _answers(path, images)
-    return _compared(FLOAT, "second route (onnx2tf)", expected, found, allowed=SECOND_ROUTE_LIMIT)
+    return compared(FLOAT, "second route (onnx2tf)", expected, found, allowed=SECOND_ROUTE_LIMIT)
 
 
 def check_runtimes(files: Mapping[str, Path], manifest: Manifest, reference: Reference) -> list[CrossCheck]:
@@ -100,27 +100,32 @@ def check_runtimes(files: Mapping[str, Path], manifest: Manifest, reference: Ref
         manifest: of their bundle.
         reference: its images and pre-processing.
     """
-    images, checks = _cross_images(reference), []
+    missing = [runtime for runtime in RUNTIMES if runtime.environment.find() is None]
+    checks = [_not_run(runtime) for runtime in missing]
+    if len(missing) == len(RUNTIMES):
+        return checks
+    images = _cross_images(reference)
     for name, path in files.items():
-        allowed = _tolerance(name, manifest)
-        expected = _answers(path, images)
-        checks += [_check_runtime(name, path, runtime, images, expected, allowed) for runtime in RUNTIMES]
+        expected, allowed = _answers(path, images), _tolerance(name, manifest)
+        present = [runtime for runtime in RUNTIMES if runtime not in missing]
+        checks += [_check_runtime(name, path, runtime, images, expected, allowed) for runtime in present]
     return checks
+
+
+def _not_run(runtime: Runtime) -> CrossCheck:
+    environment = runtime.environment
+    note = f"{environment.missing}; make it with: make {environment.target}"
+    return CrossCheck(artifact="all", checked_with=runtime.name, note=note)
 
 
 def _check_runtime(
     name: str, path: Path, runtime: Runtime, images: np.ndarray, expected: np.ndarray, allowed: float
 ) -> CrossCheck:
-    environment = runtime.environment
-    python = environment.find()
-    if python is None:
-        note = f"{environment.missing}; make it with: make {environment.target}"
-        return CrossCheck(artifact=name, checked_with=runtime.name, allowed=allowed, note=note)
     try:
-        found = _answers(path, images, runtime.opener, python)
-    except ConversionError as error:  # for this user's boards that runtime may not matter; they see it and decide
+        found = _answers(path, images, runtime.opener, runtime.environment.require())
+    except ConversionError as error:  # the other artifacts are checked all the same
         return CrossCheck(artifact=name, checked_with=runtime.name, allowed=allowed, problem=str(error))
-    return _compared(name, runtime.name, expected, found, allowed=allowed)
+    return compared(name, runtime.name, expected, found, allowed=allowed)
 
 
 def _answers(
@@ -133,19 +138,17 @@ def _answers(
         return np.asarray(answer(images))
 
 
-def _compared(
+def compared(
     artifact: str, checked_with: str, expected: np.ndarray, found: np.ndarray, *, allowed: float
 ) -> CrossCheck:
+    """Compare another tool's outputs [N, K] with LiteRT's, by the largest difference as a share of the largest value."""
+    result = CrossCheck(artifact=artifact, checked_with=checked_with, images=len(expected), allowed=allowed)
+    if found.shape != expected.shape:
+        return replace(result, problem=f"gives {list(found.shape)}, LiteRT {list(expected.shape)}")
     difference = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-30))
-    problem = "" if difference <= allowed else f"differs from LiteRT by {difference:.1e} of the largest value"
-    return CrossCheck(
-        artifact=artifact,
-        checked_with=checked_with,
-        images=len(expected),
-        difference=difference,
-        allowed=allowed,
-        problem=problem,
-    )
+    if not difference <= allowed:  # NaN is not
+        result = replace(result, problem=f"differs from LiteRT by {difference:.1e} of the largest value")
+    return replace(result, difference=difference)
 
 
 def _tolerance(name: str, manifest: Manifest) -> float:
