@@ -29,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 QUICK_BENCHES := device_latency install_sizes
 
 help: ## List the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=, TORCH_INDEX= (PyTorch's CPU build), PIP_ARGS=, ARGS=; the Makefile says what each does"
 
 env: $(VENV)/.stamp ## Make .venv: host, converters and the tools for development

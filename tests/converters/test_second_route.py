@@ -76,7 +76,7 @@ def test_what_a_child_said_comes_to_one_line(code, said, cause):
 def test_a_child_that_fails_is_quoted_and_leaves_nothing(model, tmp_path, monkeypatch):
     without_environments(monkeypatch, tmp_path)
     write_interpreter(ONNX2TF, tmp_path, "echo 'ValueError: no such axis' >&2; exit 1")
-    with pytest.raises(RefusedModelError, match="^onnx2tf cannot convert TinyHybrid: ValueError: no such axis$"):
+    with pytest.raises(RefusedModelError, match=r"^onnx2tf cannot convert TinyHybrid: ValueError: no such axis$"):
         second_route.convert_backbone(model, INPUT_SHAPE, tmp_path / "model.tflite")
     assert not (tmp_path / "model.tflite").exists()
 
