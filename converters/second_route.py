@@ -1,8 +1,8 @@
 """PyTorch to TFLite by a second route that shares nothing with the first: ONNX, then onnx2tf and TensorFlow's converter.
 
 litert-torch (`converters.tflite`) is the main route: it takes seconds and our own environment. This one takes a minute, and
-2.3 GB in an environment of its own (`make onnx2tf-env`), where a child process does the work. It is there for what the first
-refuses, and to ask whether two converters that know nothing of each other make the same of a model.
+2.6 GB in an environment of its own (`make onnx2tf-env`), where a child process does the work. It is there for what the
+first refuses, and to ask whether two converters that know nothing of each other make the same of a model.
 
 onnx2tf: Katsuya Hyodo, https://github.com/PINTO0309/onnx2tf, MIT.
 """
@@ -25,7 +25,7 @@ from converters.prepare import feature_dim
 from device.contract.files import write_atomic
 
 TIMEOUT_S = 3600
-"""The largest model that was tried, 30 million parameters, takes four minutes."""
+"""The slowest full-size model so far, EfficientFormer-L1, takes four minutes."""
 _LAST_LINES = 400
 """Characters of what the child said, where nothing in it looks like an error."""
 

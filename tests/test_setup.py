@@ -201,7 +201,9 @@ def test_every_pin_is_exact_and_boards_get_the_host_s_versions():
     assert "cryptography" not in pins["device"]
     assert pins["host"]["torch"] == "2.13.0"  # without +cpu: which build it is, is up to the index
     assert not pins["peers"].keys() & pins["host"].keys()
-    assert pins["onnx2tf"]["numpy"].startswith("1.26.")  # what onnx2tf and TensorFlow 2.19 pin, hence its own environment
+    assert pins["onnx2tf"]["numpy"].startswith(
+        "1.26."
+    )  # what onnx2tf and TensorFlow 2.19 pin, hence its own environment
 
 
 def test_wanted_packages_are_pinned():
