@@ -80,13 +80,15 @@ class VerifyReport:
     def require_passed(self) -> None:
         """Raise ParityError naming every artifact that failed."""
         failed = [f"{check.artifact}: {'; '.join(check.problems)}" for check in self.checks if check.problems]
-        failed += [
-            f"{check.artifact}, {check.checked_with}: {check.problem}" for check in self.cross_checks if check.problem
-        ]
         if failed:
             raise ParityError(
                 f"{self.bundle} differs from {self.reference}: {' | '.join(failed)}; do not ship it, export again"
             )
+        odd = [
+            f"{check.artifact} in {check.checked_with}: {check.problem}" for check in self.cross_checks if check.problem
+        ]
+        if odd:
+            raise ParityError(f"{self.bundle}: {' | '.join(odd)}; do not ship that artifact where that tool is used")
 
 
 def verify_bundle(
