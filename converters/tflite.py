@@ -191,7 +191,11 @@ def quantize_dynamic(float_path: Path, path: Path) -> Path:
 
 
 def halve_weights(float_path: Path, path: Path) -> Path:
-    """Store the backbone's weights as float16; LiteRT widens them when it loads the file, and computes in float32."""
+    """Store the backbone's weights as float16; LiteRT widens them when it loads the file, and computes in float32.
+
+    So does tflite-runtime 2.14. `tf.lite` of TensorFlow 2.19 does only without its XNNPACK delegate, which refuses depthwise
+    convolutions with such weights and makes NaN of others.
+    """
     operations = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
     return _quantize(float_path, path, [(".*", operation, "float16") for operation in operations])
 

@@ -27,7 +27,7 @@ CROSS_COLUMNS = ("artifact", "checked with", "images", "largest difference", "al
 CROSS_IMAGES = 256
 """Real images that are compared, at most."""
 SECOND_ROUTE_LIMIT = 1e-4
-"""Largest difference of a feature between two converters, as a share of the largest: measured 7e-6 at most."""
+"""Largest difference of a feature between two converters, as a share of the largest: measured 4e-6 at most."""
 FLOAT_RUNTIME_LIMIT = 1e-4
 """The same between two runtimes of a file whose activations are float32: measured 1e-6 at most."""
 
