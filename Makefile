@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
-.PHONY: help env device-env peers quickstart test test-slow lint format bench screenshots clean
+.PHONY: help env device-env peers onnx2tf-env legacy-env quickstart test test-slow lint format bench screenshots clean
 
 # PYTHON       interpreter for the environments; empty: python3.11, else python3 if it is 3.11
 # TORCH_INDEX  a further package index that offers PyTorch's CPU build, for example PyTorch's own; empty: none.
@@ -19,6 +19,8 @@ export PYTHON TORCH_INDEX PIP_ARGS
 VENV := .venv
 DEVICE_VENV := .venv-device
 PEERS_VENV := .venv-peers
+ONNX2TF_VENV := .venv-onnx2tf
+LEGACY_VENV := .venv-legacy
 BIN := $(VENV)/bin
 # A process per core; more than 4 would need more than 16 GB.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -27,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 QUICK_BENCHES := device_latency install_sizes
 
 help: ## List the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=, TORCH_INDEX= (PyTorch's CPU build), PIP_ARGS=, ARGS=; the Makefile says what each does"
 
 env: $(VENV)/.stamp ## Make .venv: host, converters and the tools for development
@@ -35,6 +37,10 @@ env: $(VENV)/.stamp ## Make .venv: host, converters and the tools for developmen
 device-env: $(DEVICE_VENV)/.stamp ## Make .venv-device: only what a board installs
 
 peers: $(PEERS_VENV)/.stamp ## Make .venv-peers: the libraries that benchmarks compare with
+
+onnx2tf-env: $(ONNX2TF_VENV)/.stamp ## Make .venv-onnx2tf: the second route to TFLite, with TensorFlow
+
+legacy-env: $(LEGACY_VENV)/.stamp ## Make .venv-legacy: tflite-runtime, for boards without a LiteRT wheel
 
 quickstart: env device-env ## Run the whole loop on real data, ending in an HTML report
 	@$(BIN)/fieldvit quickstart --device-python $(DEVICE_VENV)/bin/python $(ARGS)
@@ -65,7 +71,7 @@ screenshots: env device-env ## Take the pictures in docs/ from a real quickstart
 	@$(BIN)/python -m bench.screenshots
 
 clean: ## Remove the environments and caches; results in bench/results and runs/ stay
-	rm -rf $(VENV) $(DEVICE_VENV) $(PEERS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEVICE_VENV) $(PEERS_VENV) $(ONNX2TF_VENV) $(LEGACY_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: constraints/host.txt pyproject.toml .ci/make-venv
@@ -76,3 +82,9 @@ $(DEVICE_VENV)/.stamp: constraints/device.txt pyproject.toml .ci/make-venv
 
 $(PEERS_VENV)/.stamp: constraints/peers.txt constraints/host.txt pyproject.toml .ci/make-venv
 	@.ci/make-venv $(PEERS_VENV) constraints/peers.txt -e '.[host]' avalanche-lib torch-pruning
+
+$(ONNX2TF_VENV)/.stamp: constraints/onnx2tf.txt .ci/make-venv
+	@.ci/make-venv $(ONNX2TF_VENV) constraints/onnx2tf.txt onnx2tf tensorflow
+
+$(LEGACY_VENV)/.stamp: constraints/device-legacy.txt pyproject.toml .ci/make-venv
+	@.ci/make-venv $(LEGACY_VENV) constraints/device-legacy.txt -e '.[device-legacy]'

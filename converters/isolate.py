@@ -21,22 +21,33 @@ from converters.errors import ConversionError
 Opener = Callable[[Path], Callable[..., Any]]
 """Loads a file and returns what answers calls. The child imports it by name, so it is a function of a module."""
 _CHILD = "import sys; from converters.isolate import serve; serve(int(sys.argv[1]))"
+# our packages are these and no installed ones; then their folder goes, where another NumPy may lie beside them
+_ELSEWHERE = (
+    "import sys; sys.path.insert(0, sys.argv[2]); import converters, device; del sys.path[0]; "
+    "from converters.isolate import serve; serve(int(sys.argv[1]))"
+)
+_ROOT = Path(__file__).resolve().parents[1]
 _GRACE_S = 5.0
 
 
 @contextmanager
-def opened(opener: Opener, path: Path) -> Iterator[Callable[..., Any]]:
+def opened(opener: Opener, path: Path, *, python: Path | None = None) -> Iterator[Callable[..., Any]]:
     """Open a file in a child process; inside the block, calls go to what `opener` returned there.
 
     Errors that the opener or a call raises are raised here.
+
+    Args:
+        opener: see `Opener`.
+        path: the file.
+        python: the interpreter of another environment. `converters` and `device` are imported there too; the opener may
+            import of them what that environment's packages allow, and must turn their errors into ours.
 
     Raises:
         ConversionError: the file killed the process; the message names the file and the signal.
     """
     here, there = Pipe()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(there.fileno())], pass_fds=[there.fileno()], env=environment
+        _command(python, there.fileno()), pass_fds=[there.fileno()], env=_environment(python)
     ) as child:
         there.close()
 
@@ -56,6 +67,18 @@ def opened(opener: Opener, path: Path) -> Iterator[Callable[..., Any]]:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_GRACE_S)
             child.kill()
+
+
+def _command(python: Path | None, descriptor: int) -> list[str]:
+    if python is None:
+        return [sys.executable, "-c", _CHILD, str(descriptor)]
+    return [str(python), "-I", "-c", _ELSEWHERE, str(descriptor), str(_ROOT)]
+
+
+def _environment(python: Path | None) -> dict[str, str]:
+    if python is None:
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow looks for GPUs, aloud
 
 
 def serve(descriptor: int) -> None:

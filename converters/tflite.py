@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from converters import flatbuffer
-from converters.errors import ConversionError
+from converters.errors import ConversionError, RefusedModelError
 from converters.head import InferHead, TrainHead
 from converters.prepare import DeployFeatures, evaluating, feature_dim
 from converters.quiet import quiet
@@ -70,41 +70,64 @@ def convert_float(
         input_spec: pre-processing facts, stored as TFLite metadata `fieldvit.input`.
 
     Raises:
-        ConversionError: the model does not fit, or litert-torch refused it.
+        ConversionError: the model does not fit.
+        RefusedModelError: litert-torch does not take it.
     """
     with quiet():
         import litert_torch
 
     dim = feature_dim(model, input_shape)
-    if num_classes < 2 or train_batch < 1:
-        raise ConversionError(
-            f"num_classes must be 2 or more and train_batch 1 or more, got {num_classes} and {train_batch}"
-        )
-    weight, bias = torch.zeros(dim, num_classes), torch.zeros(num_classes)
-    labels = torch.zeros(train_batch, dtype=torch.int32)
+    _require_head(num_classes, train_batch)
     with evaluating(model), quiet():
         converter = litert_torch.signature(
             flatbuffer.FEATURES, DeployFeatures(model).eval(), sample_kwargs={"images": torch.zeros(input_shape)}
         )
-        converter.signature(
-            "infer_f", InferHead().eval(), sample_kwargs={"f": torch.zeros(1, dim), "W": weight, "b": bias}
-        )
-        converter.signature(
-            "train_f",
-            TrainHead().eval(),
-            sample_kwargs={
-                "f": torch.zeros(train_batch, dim),
-                "y": labels,
-                "W": weight,
-                "b": bias,
-                "lr": torch.ones(1),
-            },
-        )
+        _add_head(converter, dim, num_classes, train_batch)
         try:
             content = converter.convert().model_content()
         except Exception as error:  # torch.export and the MLIR passes raise many unrelated types
-            raise ConversionError(f"litert-torch cannot convert {type(model).__name__}: {error}") from error
+            raise RefusedModelError(f"litert-torch cannot convert {type(model).__name__}: {error}") from error
     return _write(content, path, input_spec)
+
+
+def convert_head(dim: int, num_classes: int, path: Path, *, train_batch: int = TRAIN_BATCH) -> Path:
+    """Write the trainable head alone, `infer_f` and `train_f` as above, for features [B, dim] of any backbone."""
+    with quiet():
+        import litert_torch
+
+    _require_head(num_classes, train_batch)
+    with quiet():
+        content = _add_head(litert_torch, dim, num_classes, train_batch).convert().model_content()
+    return _write(content, path, None)
+
+
+def record_input(path: Path, input_spec: Mapping[str, Any]) -> Path:
+    """Store pre-processing facts in a TFLite file, as its metadata `fieldvit.input`."""
+    model = flatbuffer.read_model(path)
+    flatbuffer.add_metadata(model, {flatbuffer.INPUT_METADATA: dict(input_spec)})
+    flatbuffer.write_model(model, path)
+    return path
+
+
+def _require_head(num_classes: int, train_batch: int) -> None:
+    if num_classes < 2 or train_batch < 1:
+        raise ConversionError(
+            f"num_classes must be 2 or more and train_batch 1 or more, got {num_classes} and {train_batch}"
+        )
+
+
+def _add_head(converter: Any, dim: int, num_classes: int, train_batch: int) -> Any:
+    """Add the signatures of the head to litert-torch's converter, or to the package, which makes one."""
+    weight, bias = torch.zeros(dim, num_classes), torch.zeros(num_classes)
+    labels = torch.zeros(train_batch, dtype=torch.int32)
+    converter = converter.signature(
+        "infer_f", InferHead().eval(), sample_kwargs={"f": torch.zeros(1, dim), "W": weight, "b": bias}
+    )
+    return converter.signature(
+        "train_f",
+        TrainHead().eval(),
+        sample_kwargs={"f": torch.zeros(train_batch, dim), "y": labels, "W": weight, "b": bias, "lr": torch.ones(1)},
+    )
 
 
 def quantize_static(
@@ -160,13 +183,19 @@ def quantize_static(
 def quantize_dynamic(float_path: Path, path: Path) -> Path:
     """Quantize the backbone's weights to int8 and leave activations float; needs no calibration.
 
-    Depthwise convolutions stay float32: XNNPACK does not run them with such weights.
+    Depthwise convolutions stay float32: XNNPACK does not run them with such weights. Not for tflite-runtime 2.14, which
+    computes the fully connected layers wrongly: its features were off by a quarter of the largest where LiteRT and `tf.lite`
+    agree to 1 % (`fieldvit verify --runtimes`).
     """
     return _quantize(float_path, path, [(".*", operation, "dynamic") for operation in ("CONV_2D", "FULLY_CONNECTED")])
 
 
 def halve_weights(float_path: Path, path: Path) -> Path:
-    """Store the backbone's weights as float16; LiteRT widens them when it loads the file, and computes in float32."""
+    """Store the backbone's weights as float16; LiteRT widens them when it loads the file, and computes in float32.
+
+    So does tflite-runtime 2.14. `tf.lite` of TensorFlow 2.19 does only without its XNNPACK delegate, which refuses depthwise
+    convolutions with such weights and makes NaN of others.
+    """
     operations = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
     return _quantize(float_path, path, [(".*", operation, "float16") for operation in operations])
 
@@ -249,8 +278,4 @@ def _input_shape(path: Path) -> tuple[int, ...]:
 
 def _write(content: bytes, path: Path, input_spec: Mapping[str, Any] | None) -> Path:
     write_atomic(path, content)
-    if input_spec is not None:
-        model = flatbuffer.read_model(path)
-        flatbuffer.add_metadata(model, {flatbuffer.INPUT_METADATA: dict(input_spec)})
-        flatbuffer.write_model(model, path)
-    return path
+    return path if input_spec is None else record_input(path, input_spec)

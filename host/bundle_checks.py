@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from converters.environments import ONNX2TF
 from converters.errors import ParityError
 from converters.isolate import opened
 from converters.layers import LayerReport
@@ -22,6 +23,8 @@ from device.contract.manifest import Artifact, Manifest
 from device.contract.records import from_table
 from device.preprocess import preprocess
 from host.artifact_checks import INFER, ArtifactCheck, Examiner
+from host.cross_checks import CrossCheck, check_runtimes, check_second_route
+from host.errors import RecipeError
 from host.files import sha256_of
 from host.quantize.spec import FLOAT
 from host.recipe import Recipe
@@ -72,6 +75,7 @@ class VerifyReport:
     images: int
     checks: tuple[Check, ...]
     layers: tuple[LayerReport, ...]
+    cross_checks: tuple[CrossCheck, ...] = ()
 
     def require_passed(self) -> None:
         """Raise ParityError naming every artifact that failed."""
@@ -80,9 +84,16 @@ class VerifyReport:
             raise ParityError(
                 f"{self.bundle} differs from {self.reference}: {' | '.join(failed)}; do not ship it, export again"
             )
+        odd = [
+            f"{check.artifact} in {check.checked_with}: {check.problem}" for check in self.cross_checks if check.problem
+        ]
+        if odd:
+            raise ParityError(f"{self.bundle}: {' | '.join(odd)}; do not ship that artifact where that tool is used")
 
 
-def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> VerifyReport:
+def verify_bundle(
+    bundle: Path, runs: Path, *, with_layers: bool = False, second_route: bool = False, runtimes: bool = False
+) -> VerifyReport:
     """Compare every artifact of a bundle with the float reference.
 
     Args:
@@ -90,16 +101,27 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
         runs: where the run that made it is looked for.
         with_layers: compare the tensors of the float32 file with PyTorch's too, where the run is at hand; those of
             quantized files are always compared with the float32 file's.
+        second_route: convert the trained model by onnx2tf too, and compare the float32 file with what comes out.
+        runtimes: run the TFLite files in tflite-runtime and `tf.lite` too, where those are installed.
 
     Raises:
         ArtifactError: the bundle is damaged or its recipe cannot be read.
         ConversionError: an artifact cannot be read, or kills the process that interprets it.
+        MissingEnvironmentError: the second route is wanted, and not installed.
+        RecipeError: the second route is wanted, and the run with the trained model is not at hand.
     """
+    if second_route:
+        ONNX2TF.require()  # before minutes of other checks
     with tempfile.TemporaryDirectory(prefix="fieldvit-verify-") as temporary:
         directory = Path(temporary)
         manifest = extract(bundle, directory)
         recipe = recipe_of(manifest)
         model = _model(recipe, manifest, runs)
+        if second_route and model is None:
+            raise RecipeError(
+                f"--second-route converts the trained model, and {_weights(recipe, runs)} is not what {bundle.name} was "
+                "made from; give the folder of its run: --runs"
+            )
         examiner = _examiner(recipe, manifest, directory, model)
         deployed = model.deploy() if with_layers and model is not None else None
         if deployed is not None:
@@ -123,12 +145,18 @@ def verify_bundle(bundle: Path, runs: Path, *, with_layers: bool = False) -> Ver
             check = examiner.check_coreml(directory / manifest.coreml.path, manifest.coreml.form, deployed)
             checks.append(Check(artifact=coreml_name(manifest.coreml.form), proof=check.proof, problems=check.problems))
             layers += [check.layers] if check.layers else []
+        cross_checks = []
+        if second_route and model is not None:
+            cross_checks.append(check_second_route(model, files[FLOAT], examiner.reference))
+        if runtimes:
+            cross_checks += check_runtimes({**files, INFER: directory / INFER_PATH}, manifest, examiner.reference)
         return VerifyReport(
             bundle=bundle.name,
             reference=OWN_FLOAT if model is None else f"the PyTorch model {_weights(recipe, runs)}",
             images=len(examiner.reference.images),
             checks=tuple(checks),
             layers=tuple(layers),
+            cross_checks=tuple(cross_checks),
         )
 
 

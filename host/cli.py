@@ -146,6 +146,16 @@ def verify(
         bool, typer.Option("--layers", help="Compare every tensor; name the first that departs, and draw the errors.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Where the drawing goes; without it, beside the bundle.")] = None,
+    second_route: Annotated[
+        bool,
+        typer.Option(
+            "--second-route", help="Convert again by ONNX and onnx2tf, and compare; needs 'make onnx2tf-env'."
+        ),
+    ] = False,
+    runtimes: Annotated[
+        bool,
+        typer.Option("--runtimes", help="Run the TFLite files in tflite-runtime and tf.lite too ('make legacy-env')."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every artifact of a bundle with the float reference on real images; exit code 11 if one fails."""
@@ -153,9 +163,10 @@ def verify(
         raise RecipeError(f"--out {out} is where --layers draws; add --layers")
     _require_bundle(bundle)
     from host.bundle_checks import CHECK_COLUMNS, verify_bundle
+    from host.cross_checks import CROSS_COLUMNS
     from host.layer_table import LAYER_COLUMNS, draw_layers, layer_record, layer_rows, layer_summary
 
-    report = verify_bundle(bundle, runs, with_layers=layers)
+    report = verify_bundle(bundle, runs, with_layers=layers, second_route=second_route, runtimes=runtimes)
     if not as_json:
         print(f"{report.images} test images, against {report.reference}")
         print("cosine and difference: features of the TFLite files, logits of infer and coreml")
@@ -164,6 +175,8 @@ def verify(
     if drawing:
         record |= {"layers": layer_record(report.layers), "drawing": str(drawing)}
     _print_table(CHECK_COLUMNS, [check.row() for check in report.checks], record if as_json else None)
+    if report.cross_checks and not as_json:
+        _print_table(CROSS_COLUMNS, [check.row() for check in report.cross_checks], None)
     if drawing and not as_json:
         _print_table(LAYER_COLUMNS, layer_rows(report.layers), None)
         print(*layer_summary(report), f"errors along the depth: {drawing}", sep="\n")

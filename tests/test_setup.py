@@ -159,6 +159,21 @@ def test_other_pins_install_again_in_the_same_environment(project, fake_python):
     assert (project / ".venv" / "kept").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "directory", "arguments"),
+    [
+        ("onnx2tf-env", ".venv-onnx2tf", "-c constraints/onnx2tf.txt onnx2tf tensorflow"),
+        ("legacy-env", ".venv-legacy", "-c constraints/device-legacy.txt -e .[device-legacy]"),
+    ],
+)
+def test_other_environments_are_made_from_their_own_pins(project, fake_python, target, directory, arguments):
+    assert make(project, target, f"PYTHON={fake_python()}").returncode == 0
+    assert (project / directory / ".stamp").exists()
+    assert arguments in (project / "pip-calls").read_text()
+    line = error_of(make(project, "clean", target, f"PYTHON={fake_python('3.12.1')}"))
+    assert f"name one: make {target} PYTHON=" in line
+
+
 def test_interrupted_install_starts_over(project, fake_python, tmp_path):
     # TERM and not INT, which is ignored where pytest itself runs in the background of a script
     started = tmp_path / "started"
@@ -181,11 +196,14 @@ def test_help_lists_every_target():
 
 def test_every_pin_is_exact_and_boards_get_the_host_s_versions():
     pins = {path.stem: pins_of(path) for path in (ROOT / "constraints").glob("*.txt")}
-    assert set(pins) == {"host", "device", "device-legacy", "peers"}
+    assert set(pins) == {"host", "device", "device-legacy", "peers", "onnx2tf"}
     assert pins["device"].items() <= pins["host"].items()
     assert "cryptography" not in pins["device"]
     assert pins["host"]["torch"] == "2.13.0"  # without +cpu: which build it is, is up to the index
     assert not pins["peers"].keys() & pins["host"].keys()
+    assert pins["onnx2tf"]["numpy"].startswith(
+        "1.26."
+    )  # what onnx2tf and TensorFlow 2.19 pin, hence its own environment
 
 
 def test_wanted_packages_are_pinned():

@@ -11,8 +11,9 @@ import numpy as np
 from torch import nn
 
 from converters.gates import assert_builtin_ops, check_train_signature
+from converters.routes import convert_float
 from converters.runners import open_features
-from converters.tflite import convert_float, halve_weights, quantize_dynamic, quantize_static
+from converters.tflite import halve_weights, quantize_dynamic, quantize_static
 from device.contract.records import to_table
 from host.data.inputs import to_input
 from host.errors import TrainingError
@@ -38,9 +39,11 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     """
     model = load_model(recipe, run / "train" / WEIGHTS)
     precisions = recipe.quantize.precisions
-    for step, precision in enumerate(sorted(precisions, key=lambda name: name != FLOAT)):  # the others are made from it
+    report("quantize", 0, len(precisions) + 1, f"TFLite {FLOAT}")
+    route = _convert(recipe, model, out / artifact_path(FLOAT))
+    for step, precision in enumerate([name for name in precisions if name != FLOAT], 1):  # made from that one
         report("quantize", step, len(precisions) + 1, f"TFLite {precision}")
-        _write(precision, recipe, model, out)
+        _write(precision, recipe, out)
     report("quantize", len(precisions), len(precisions) + 1, "accuracy in LiteRT")
     accuracies = {"torch": _validation_accuracy(recipe, torch_features(model))}
     for precision in precisions:
@@ -56,17 +59,21 @@ def quantize(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[st
     return {
         "precisions": kept,
         "left_out": [name for name in precisions if name not in kept],
+        "route": route,
         **{f"validation_accuracy_{name}": accuracy for name, accuracy in accuracies.items()},
     }
 
 
-def _write(precision: str, recipe: Recipe, model: nn.Module, out: Path) -> None:
+def _convert(recipe: Recipe, model: nn.Module, path: Path) -> str:
+    """Write the float32 file; returns the route that the model took."""
     spec = input_spec(recipe)
+    shape = (1, spec.height, spec.width, spec.channels)
+    return convert_float(model.deploy(), shape, recipe.continual.max_classes, path, input_spec=to_table(spec))
+
+
+def _write(precision: str, recipe: Recipe, out: Path) -> None:
     float_path, path = out / artifact_path(FLOAT), out / artifact_path(precision)
-    if precision == FLOAT:
-        shape = (1, spec.height, spec.width, spec.channels)
-        convert_float(model.deploy(), shape, recipe.continual.max_classes, path, input_spec=to_table(spec))
-    elif precision == INT8:
+    if precision == INT8:
         scopes = model_entry(recipe.model).float_scopes
         quantize_static(float_path, calibration_frames(recipe), path, float_scopes=scopes)
     else:
