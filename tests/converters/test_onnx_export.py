@@ -94,11 +94,10 @@ def test_missing_packages_are_named(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_what_cannot_be_exported_is_named(tmp_path):
     class Unexportable(TinyHybrid):
         def forward_features(self, images_nchw):
-            return super().forward_features(images_nchw) * float(images_nchw.sum() + 1)
+            return super().forward_features(images_nchw) * torch.linalg.svdvals(images_nchw[0, 0])[0]  # not in ONNX
 
     with pytest.raises(RefusedModelError, match=r"torch\.onnx cannot export Unexportable"):
         export_onnx(Unexportable().eval(), INPUT_SHAPE, tmp_path / "model.onnx")
