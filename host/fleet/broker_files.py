@@ -2,7 +2,7 @@
 
 A client's user name is its certificate's common name, and its client id is made to be the same: else one device could
 throw another out, or take over what waits for it, by using its id. Device ids cannot begin with `@`, so no device can
-pass for the monitor or the operator. Who is shut out is refused twice: by the revocation list at the next connect, and by
+pass for the monitor, the operator or Home Assistant. Who is shut out is refused twice: by the revocation list at the next connect, and by
 a rule at once, because a connection that is open stays open.
 """
 
@@ -12,7 +12,9 @@ from pathlib import PurePath
 from device.contract.messages import MAX_PAYLOAD_BYTES
 from device.contract.topics import ROOT
 
-MONITOR, OPERATOR = "@monitor", "@operator"
+MONITOR, OPERATOR, HOME_ASSISTANT = "@monitor", "@operator", "@home-assistant"
+DISCOVERY = "homeassistant"
+"""Where Home Assistant looks for boards; `home_assistant.prefix` of an agent must be the same."""
 DEVICE_WRITES = ("state", "telemetry", "event", "result", "reply")
 PID_FILE = "mosquitto.pid"
 FILES = {"cafile": "ca.pem", "certfile": "broker.pem", "keyfile": "broker.key", "crlfile": "crl.pem", "acl_file": "acl"}
@@ -53,7 +55,12 @@ def access_rules(site: str, *, shut_out: Iterable[str] = ()) -> str:
         lines += [f"user {name}", "topic deny #", ""]
     lines += [f"user {MONITOR}", *(f"topic read {prefix}/+/{kind}" for kind in DEVICE_WRITES), ""]
     lines += [f"user {OPERATOR}", f"topic write {prefix}/+/command", f"topic read {prefix}/+/reply"]
-    lines += [f"topic read {prefix}/+/state", "", "# every device, by the name in its certificate"]
+    lines += [f"topic read {prefix}/+/state", "", f"user {HOME_ASSISTANT}", f"topic read {DISCOVERY}/#"]
+    lines += [f"topic read {prefix}/+/{kind}" for kind in ("state", "telemetry")]
+    lines += [f"topic write {DISCOVERY}/update/+/install", "", "# every device, by the name in its certificate"]
     lines += [f"pattern write {prefix}/%u/{kind}" for kind in DEVICE_WRITES]
     lines += [f"pattern read {prefix}/%u/command"]
+    node = f"fieldvit_{len(site)}_{site}_%u"  # as `device.home_assistant.node_id` has it
+    lines += [f"pattern write {DISCOVERY}/+/{node}/+/config", f"pattern write {DISCOVERY}/update/{node}/state"]
+    lines += [f"pattern read {DISCOVERY}/update/{node}/install"]
     return "\n".join(lines) + "\n"

@@ -44,12 +44,12 @@ from host.fleet.authority import (
     read_request,
     write_private,
 )
-from host.fleet.broker_files import MONITOR, OPERATOR, PID_FILE, access_rules, mosquitto_config
+from host.fleet.broker_files import HOME_ASSISTANT, MONITOR, OPERATOR, PID_FILE, access_rules, mosquitto_config
 
 DEVICE_DAYS = 365.0
 TOKEN_HOURS = 72.0
 TOKEN_PREFIX = "fv1."
-IDENTITIES = {"monitor": MONITOR, "operator": OPERATOR}
+IDENTITIES = {"monitor": MONITOR, "operator": OPERATOR, "home-assistant": HOME_ASSISTANT}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS token (hash TEXT PRIMARY KEY, device TEXT NOT NULL, expires REAL NOT NULL,
     key TEXT, certificate TEXT);               -- the key that it was used for, and what was given for it

@@ -15,6 +15,7 @@ import pytest
 from device.config import BrokerConfig
 from device.contract.errors import BrokerError
 from device.contract.topics import KINDS, DeviceId
+from device.home_assistant import install_topic, node_id, state_topic
 from device.mqtt import Connection, probe
 from device.spool import Spool
 from host.fleet.authority import Authority, new_key, private_pem
@@ -36,7 +37,9 @@ def identities(site, tmp_path_factory) -> dict[str, Path | None]:
     directory = tmp_path_factory.mktemp("identities")
     known = {"anonymous": None, "wrong authority": stranger(directory)}
     known |= {name: site.enrol(name) for name in ("own", "other", "revoked")}
-    known |= {role: site.site.directory / "identities" / f"{role}.pem" for role in ("monitor", "operator")}
+    known |= {
+        role: site.site.directory / "identities" / f"{role}.pem" for role in ("monitor", "operator", "home-assistant")
+    }
     assert site.site.revoke("revoked") == 1
     assert site.site.reload_broker()
     time.sleep(SETTLE_S)
@@ -113,6 +116,27 @@ def test_each_hears_only_its_own(site, identities, identity):
 def test_the_monitor_cannot_speak(site, identities):
     for topic in [*TOPICS, *FOREIGN]:
         assert not site.say(identities["monitor"], topic, "no"), topic
+
+
+def test_home_assistant_is_told_by_each_board_of_itself_alone(site, identities):
+    own = DeviceId(SITE, "own")
+    config = f"homeassistant/sensor/{node_id(own)}/latency/config"
+    state, install = state_topic(own, "homeassistant"), install_topic(own, "homeassistant")
+    home = site.hear(identities["home-assistant"], "homeassistant/#")
+    board = site.hear(identities["own"], install)
+    time.sleep(SETTLE_S)
+    for topic in (config, state, install):
+        assert site.say(identities["other"], topic, "forged") is False
+    assert site.say(identities["operator"], install, "forged") is False
+    finish(board)  # one connection each
+    for topic in (config, state):
+        assert site.say(identities["own"], topic, "mine")
+    assert {line.split(" ", 1)[1] for line in finish(home).decode().splitlines()} == {"mine"}
+    board = site.hear(identities["own"], install)
+    time.sleep(SETTLE_S)
+    assert site.say(identities["home-assistant"], install, "now")
+    assert not site.say(identities["home-assistant"], f"{SITE_TOPICS}/own/command", "now")
+    assert finish(board).endswith(b"now\n")
 
 
 def test_another_s_client_id_takes_over_nothing(site, identities):

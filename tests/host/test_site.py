@@ -15,7 +15,7 @@ from host.errors import FleetError, MonitorError, RecipeError
 from host.fleet.broker_files import access_rules
 from host.fleet.commands import Commander, parse_arguments, take_image
 from host.fleet.enrolment import serve_enrolment
-from host.fleet.site import Site, SiteSettings, create_site
+from host.fleet.site import IDENTITIES, Site, SiteSettings, create_site
 from host.monitor.app import MonitorConfig, _broker
 from host.monitor.broker import parse_broker_url, site_broker
 from host.monitor.ingest import Ingest
@@ -45,7 +45,7 @@ def test_verbs_make_a_site_let_a_board_in_and_shut_it_out(capsys, tmp_path: Path
         row["name"]
         for row in json.loads(run(capsys, "fleet", "list", "lab", "--json", "--sites", sites)[1])["certificates"]
     ]
-    assert names == ["@operator", "@monitor"]
+    assert sorted(names) == ["@home-assistant", "@monitor", "@operator"]
     assert "@monitor" in run(capsys, "fleet", "list", "lab", "--sites", sites)[1]
     for bad in (
         ["token", "nowhere", "cam-1"],
@@ -60,7 +60,7 @@ def test_verbs_make_a_site_let_a_board_in_and_shut_it_out(capsys, tmp_path: Path
 def test_secrets_are_their_owner_s_and_a_site_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch):
     site = create_site(tmp_path / "lab", SiteSettings(site="lab", broker_hostname="broker.local"))
     secret = [path for path in site.directory.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
-    assert len(secret) == 4
+    assert len(secret) == 2 + len(IDENTITIES)
     assert {path.stat().st_mode & 0o077 for path in [site.directory, *secret]} == {0}
     monkeypatch.setattr("host.fleet.site.mosquitto_config", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
