@@ -175,6 +175,8 @@ class _Reader:
         self._names: dict[str, int] = {name: what for name, what in before.names.items() if isinstance(what, int)}
         self._inodes = max(before.contents, default=0)
         self._offsets: dict[tuple[str, str], int] = {}
+        self._appending: set[tuple[str, str]] = set()
+        self._sizes = {inode: len(content) for inode, content in before.contents.items()}
         self._operations: list[Operation] = []
 
     def read(self, log: Path) -> list[Operation]:
@@ -234,9 +236,11 @@ class _Reader:
             self._names[path] = self._inodes
             self._operations.append(Name(kind="create", path=path, inode=self._inodes))
         elif "O_TRUNC" in arguments:
-            self._operations.append(Truncate(inode=self._names[path], size=0))
+            self._truncate(self._names[path], 0)
         if "O_APPEND" in arguments:
-            raise BenchError(f"{path}: O_APPEND is not modelled by bench.disk_log; add it there")
+            self._appending.add((str(descriptor), path))
+        else:
+            self._appending.discard((str(descriptor), path))
 
     def _change_file(self, call: str, arguments: str, path: str, inode: int, result: int) -> None:
         match = _DESCRIPTOR.match(arguments)
@@ -245,13 +249,19 @@ class _Reader:
         if call == "lseek":
             self._offsets[key] = result
         elif call == "ftruncate":
-            self._operations.append(Truncate(inode=inode, size=int(arguments.rpartition(",")[2])))
+            self._truncate(inode, int(arguments.rpartition(",")[2]))
         else:
             is_positioned = call == "pwrite64"
-            offset = int(arguments.rpartition(",")[2]) if is_positioned else self._offsets.get(key, 0)
+            at = self._sizes.get(inode, 0) if key in self._appending else self._offsets.get(key, 0)
+            offset = int(arguments.rpartition(",")[2]) if is_positioned else at
+            self._sizes[inode] = max(self._sizes.get(inode, 0), offset + result)
             self._operations.append(Write(inode=inode, offset=offset, data=_bytes(arguments)[:result]))
             if not is_positioned:
                 self._offsets[key] = offset + result
+
+    def _truncate(self, inode: int, size: int) -> None:
+        self._sizes[inode] = size
+        self._operations.append(Truncate(inode=inode, size=size))
 
     def _rename(self, path: str, target: str | None) -> None:
         if target is None:

@@ -74,6 +74,8 @@ os.mkdir(ROOT + "/d"); open(ROOT + "/d/y", "w").write("1"); os.symlink("d/y", RO
 os.rename(ROOT + "/d", ROOT + "/e"); open(ROOT + "/e/y", "r+").truncate(0); open(ROOT + "/e/z", "w").write("2")
 with open(ROOT + "/w", "wb", buffering=0) as file:
     file.write(b"abcdef"); file.seek(2); file.write(b"X"); os.pwrite(file.fileno(), b"YZ", 7)
+with open(ROOT + "/w", "ab", buffering=0) as file:
+    file.write(b"more"); file.write(b"!")
 os.mkdir(ROOT + "/gone"); open(ROOT + "/gone/y", "w"); shutil.rmtree(ROOT + "/gone")
 threads = [threading.Thread(target=lambda n=n: open(f"{ROOT}/t{n}", "w").write(str(n))) for n in range(8)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
@@ -81,7 +83,7 @@ threads = [threading.Thread(target=lambda n=n: open(f"{ROOT}/t{n}", "w").write(s
     log = record(tmp_path, script)
     crash_state(log, len(log.operations), random.Random(0), keep=1.0).write_to(tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tmp_path / "a root")
-    assert (tmp_path / "again" / "w").read_bytes() == b"abXdef\0YZ"
+    assert (tmp_path / "again" / "w").read_bytes() == b"abXdef\0YZmore!"
 
 
 def tree(root: Path) -> dict[str, object]:
