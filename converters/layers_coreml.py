@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 
 from converters.isolate import opened
-from converters.layers import Layer, LayerReport, cosine_distance, difference, input_layer
+from converters.layers import HALF_LIMIT, Layer, LayerReport, cosine_distance, difference, half_rounding, input_layer
 from converters.torch_trace import TracedTensor
 
-HALF_LIMIT = 4e-3
-"""What an operation with float16 weights may be off by, as a share of its largest result: measured 6e-4 at most."""
 QUANTIZED_LIMIT = 0.06
-"""Root mean square of the same where weights are int8 or a palette, as a share of the result's."""
-HALF_ROUNDING, SMALLEST_HALF = 2.0**-11 * 1.02, 2.0**-24
+"""Root mean square of what an operation is off by where weights are int8 or a palette, as a share of the result's."""
 _SUFFIX = re.compile(r"(_cast)?(_fp16|_fp32)?(_quantized|_dequantized)?$")
 _SETTING = re.compile(r"_(strides|pad|pad_type|dilations|groups)_\d+$")
 """Behind a node's name: a setting of the convolution that it became."""
@@ -188,8 +185,7 @@ def _weights_error(operation: Any, twin: Any) -> float:
         expected, found = np.asarray(item.val), np.asarray(own.val)
         if expected.dtype.kind != "f" or expected.shape != found.shape or not expected.size:
             continue
-        allowed = HALF_ROUNDING * np.abs(expected, dtype=np.float64) + SMALLEST_HALF
-        worst = max(worst, float((np.abs(found.astype(np.float64) - expected) / allowed).max()))
+        worst = max(worst, half_rounding(found, expected))
     return worst
 
 

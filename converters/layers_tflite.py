@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from converters.isolate import opened
-from converters.layers import FLOAT_LIMIT, Layer, LayerReport, cosine_distance, difference, input_layer
+from converters.layers import (
+    FLOAT_LIMIT,
+    HALF_LIMIT,
+    Layer,
+    LayerReport,
+    cosine_distance,
+    difference,
+    half_rounding,
+    input_layer,
+)
 from converters.tflite_tensors import BackboneRun, Feeds, Operation, open_backbone, open_operations
 from converters.torch_trace import ROOT, TracedTensor
 
@@ -34,10 +43,6 @@ to 0.9 of its range, and answers as float32 does."""
 WEIGHT_LIMIT = 0.51
 """Steps by which a symmetric int8 weight may differ from the float32 file's, clipped to its range: half a step is rounding
 to the nearest, as our quantizer does. One that learns how to round needs a whole step."""
-HALF_LIMIT = 4e-3
-"""What an operation with float16 weights may be off by, as a share of its largest result: measured 7e-4 at most."""
-_HALF_ROUNDING = 2.0**-11 * 1.001
-_SMALLEST_HALF = 2.0**-24
 _WEIGHT_CODE = 127
 Head = Callable[[np.ndarray], np.ndarray]
 _QUANTIZER_SUFFIX = re.compile(r"(_quantized|_dequant|_requantized)+$")
@@ -236,9 +241,7 @@ def _weight_error(run: BackboneRun, operation: Operation, reference: BackboneRun
     for index, twin in zip(operation.inputs, original.inputs, strict=False):
         if index in run.halves and twin in reference.weights:
             widened, expected = run.values[index][0], reference.weights[twin]
-            distance = np.abs(widened - expected.reshape(widened.shape))
-            allowed = _HALF_ROUNDING * np.abs(expected.reshape(widened.shape)) + _SMALLEST_HALF
-            worst = max(worst, float((distance / allowed).max()))
+            worst = max(worst, half_rounding(widened, expected.reshape(widened.shape)))
         if index in run.weight_steps and twin in reference.weights:
             steps = np.where(run.weight_steps[index] > 0, run.weight_steps[index], 1.0)
             codes = run.weights[index] / steps
