@@ -1,6 +1,10 @@
 """Frames to model input, in NumPy: the host trains, calibrates and measures with the very code that the board runs.
 
 Bilinear resizing uses half-pixel centres without antialiasing, as TFLite's RESIZE_BILINEAR with `half_pixel_centers`.
+
+Every number is made by one multiplication, division, addition or subtraction of float32 at a time, which IEEE 754 rounds
+in one way only: no sum whose order or fused products a processor, a batch or a version of NumPy could choose. So the
+host's batch and the board's single frame agree bit for bit, also from x86 to ARM.
 """
 
 from functools import lru_cache
@@ -29,30 +33,32 @@ def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
             f"frames must be uint8 [N, h, w, {spec.channels}], got {frames.dtype} {list(frames.shape)}; "
             "decode them to 8 bits and the model's number of channels"
         )
-    resized = resize_bilinear(frames.astype(np.float32), spec.height, spec.width)
-    mean = np.asarray(spec.mean, np.float32)
-    std = np.asarray(spec.std, np.float32)
-    return np.asarray((resized / np.float32(255) - mean) / std)
+    values = resize_bilinear(frames, spec.height, spec.width)
+    values /= np.float32(255)
+    values -= np.asarray(spec.mean, np.float32)
+    values /= np.asarray(spec.std, np.float32)
+    return values
 
 
 def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize float32 [N, h, w, C] to [N, height, width, C]; images of that size stay as they are."""
+    """Resize uint8 or float32 [N, h, w, C] to float32 [N, height, width, C], a copy also where the size is right."""
     if images.shape[1:3] == (height, width):
-        return images
-    rows = _interpolation_matrix(images.shape[1], height)  # [H, h]
-    columns = _interpolation_matrix(images.shape[2], width)  # [W, w]
-    tall = np.einsum("Hh,nhwc->nHwc", rows, images)
-    return np.asarray(np.einsum("Ww,nHwc->nHWc", columns, tall))
+        return images.astype(np.float32)
+    return _interpolate(_interpolate(images, height, axis=1), width, axis=2)
+
+
+def _interpolate(images: np.ndarray, target: int, *, axis: int) -> np.ndarray:
+    """Between the two neighbours of each target position, in two products and a sum, each rounded to float32."""
+    low, high, fraction = _neighbours(images.shape[axis], target)
+    shape = [target if i == axis else 1 for i in range(images.ndim)]
+    values = np.multiply(images.take(low, axis), (1 - fraction).reshape(shape), dtype=np.float32)
+    values += np.multiply(images.take(high, axis), fraction.reshape(shape), dtype=np.float32)
+    return values
 
 
 @lru_cache(maxsize=32)
-def _interpolation_matrix(source: int, target: int) -> np.ndarray:
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target position the source positions below and above, and how near it is to the upper one, all [target]."""
     position = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
     low = np.floor(position).astype(np.int64)
-    high = np.minimum(low + 1, source - 1)
-    fraction = (position - low).astype(np.float32)
-    matrix = np.zeros((target, source), np.float32)
-    np.add.at(matrix, (np.arange(target), low), 1 - fraction)
-    np.add.at(matrix, (np.arange(target), high), fraction)
-    matrix.setflags(write=False)
-    return matrix
+    return low, np.minimum(low + 1, source - 1), (position - low).astype(np.float32)
