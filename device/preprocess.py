@@ -31,9 +31,10 @@ def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
     if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[3] != spec.channels or 0 in frames.shape:
         raise FrameError(
             f"frames must be uint8 [N, h, w, {spec.channels}], got {frames.dtype} {list(frames.shape)}; "
-            "decode them to 8 bits and the model's number of channels"
+            "decode them to 8 bits and the model's number of channels",
+            reason="shape",
         )
-    values = resize_bilinear(frames, spec.height, spec.width)
+    values: np.ndarray = resize_bilinear(frames, spec.height, spec.width)
     values /= np.float32(255)
     values -= np.asarray(spec.mean, np.float32)
     values /= np.asarray(spec.std, np.float32)
@@ -51,7 +52,7 @@ def _interpolate(images: np.ndarray, target: int, *, axis: int) -> np.ndarray:
     """Between the two neighbours of each target position, in two products and a sum, each rounded to float32."""
     low, high, fraction = _neighbours(images.shape[axis], target)
     shape = [target if i == axis else 1 for i in range(images.ndim)]
-    values = np.multiply(images.take(low, axis), (1 - fraction).reshape(shape), dtype=np.float32)
+    values: np.ndarray = np.multiply(images.take(low, axis), (1 - fraction).reshape(shape), dtype=np.float32)
     values += np.multiply(images.take(high, axis), fraction.reshape(shape), dtype=np.float32)
     return values
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.config import AgentConfig, load_config
+from device.config import AgentConfig, SourceConfig, load_config
 from device.contract.board import board_names, load_board
 from device.contract.errors import BrokerError, ConfigError
 from device.contract.topics import DeviceId
@@ -188,11 +188,25 @@ def test_any_path_is_one_word(name: str, tmp_path_factory: pytest.TempPathFactor
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_camera_is_the_only_device(tmp_path: Path):
-    service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"), camera="/dev/video0")
-    text = unit_text(service, CONFIG, load_board("raspberry-pi-4"))
-    assert "DeviceAllow=/dev/video0 rw" in text
+@needs_systemd
+@pytest.mark.parametrize(
+    ("source", "classes"),
+    [
+        (SourceConfig(kind="camera", device="/dev/video0"), {"video4linux"}),
+        (SourceConfig(kind="picamera"), {"video4linux", "media", "dma_heap"}),
+    ],
+)
+def test_a_camera_is_the_only_device(tmp_path: Path, source: SourceConfig, classes: set[str]):
+    service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"))
+    text = unit_text(service, replace(CONFIG, source=source), load_board("raspberry-pi-4"))
+    assert set(re.findall("^DeviceAllow=char-(.*) rw$", text, re.MULTILINE)) == classes
+    assert "SupplementaryGroups=video" in text
     assert "PrivateDevices" not in text
+    result = analyze(tmp_path, text, "verify", "--man=no")
+    assert (result.returncode, result.stderr) == (0, "")
+    without = unit_text(service, CONFIG, load_board("raspberry-pi-4"))
+    assert "DeviceAllow" not in without
+    assert "SupplementaryGroups" not in without
     assert "MemoryMax=640M" in text  # two models of 256 MB, and the agent
     assert "CPUQuota=200%" in text
 
