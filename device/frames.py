@@ -126,6 +126,8 @@ def _decode_with_pillow(content: bytes, name: str, channels: int) -> np.ndarray:
             pixels = np.asarray(upright.convert("L") if channels == 1 else upright)
     except FrameError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise FrameError(f"{name}: {error}", reason="too-large") from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise FrameError(f"{name}: Pillow cannot decode it ({error})") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
