@@ -62,11 +62,9 @@ class Grabber:
         *,
         is_live: bool,
         is_endless: bool = True,
-        backoff_s: tuple[float, float] = BACKOFF_S,
     ) -> None:
         self.tally = Tally()
         self._name, self._open, self._is_live, self._is_endless = name, open_capture, is_live, is_endless
-        self._backoff_s = backoff_s
         self._frames: Handover[tuple[str, np.ndarray]] = Handover(1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)  # a driver may never return
@@ -121,7 +119,7 @@ class Grabber:
                 failures += 1
                 self._fail(error, "source")
             if failures:
-                self._stop.wait(min(self._backoff_s[0] * 2 ** (failures - 1), self._backoff_s[1]))
+                self._stop.wait(min(BACKOFF_S[0] * 2 ** min(failures - 1, 16), BACKOFF_S[1]))
 
     def _hand_over(self, frame: tuple[str, np.ndarray]) -> None:
         self._last_frame_at = time.monotonic()
@@ -134,6 +132,8 @@ class Grabber:
             self.tally.count_dropped()
 
     def _fail(self, error: Exception, reason: str) -> None:
+        if self._stop.is_set():  # a read that was cut short
+            return
         self.tally.count_bad(reason)
         problem = one_line(error)
         if problem != self._problem:

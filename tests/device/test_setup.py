@@ -188,6 +188,38 @@ def test_any_path_is_one_word(name: str, tmp_path_factory: pytest.TempPathFactor
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("camera", "source"),
+    [
+        ("/dev/v4l/by-id/usb-cam", SourceConfig(kind="camera", device="/dev/v4l/by-id/usb-cam")),
+        ("csi", SourceConfig(kind="picamera", device="0")),
+        ("csi:1", SourceConfig(kind="picamera", device="1")),
+    ],
+)
+def test_a_board_is_set_up_with_a_camera_and_stays_so(
+    tmp_path: Path, wishes: Wishes, camera: str, source: SourceConfig
+):
+    root = tmp_path / "root"
+    set_up(root, replace(wishes, camera=camera), enrol=None)
+    assert load_config(root).source == source
+    assert not (root / "frames").exists()
+    unit = (tmp_path / "units" / UNIT_NAME).read_text()
+    assert "DeviceAllow=char-video4linux rw" in unit
+    before = tree(tmp_path)
+    for again in (camera, ""):
+        set_up(root, replace(wishes, camera=again), enrol=None)
+        assert tree(tmp_path) == before
+    with pytest.raises(ConfigError, match=r"says source\.(kind|device)"):
+        set_up(root, replace(wishes, camera="/dev/video9"), enrol=None)
+    assert tree(tmp_path) == before
+
+
+def test_a_camera_that_is_no_device_is_refused_before_anything_is_written(tmp_path: Path, wishes: Wishes):
+    with pytest.raises(ConfigError, match="like /dev/video0, got '/etc/shadow'"):
+        set_up(tmp_path / "root", replace(wishes, camera="/etc/shadow"), enrol=None)
+    assert not (tmp_path / "root").exists()
+
+
 @needs_systemd
 @pytest.mark.parametrize(
     ("source", "classes"),

@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -49,6 +51,14 @@ def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_backoff() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device.sources.grabber, "BACKOFF_S", (0.01, 0.05))
+        patch.setattr(device.sources.grabber, "STOP_S", 0.1)  # a pipe's reader cannot be interrupted
+        yield
+
+
 class PipeCapture:
     """Raw frames from a named pipe: a device that comes, goes, and hangs, without a camera."""
 
@@ -70,8 +80,8 @@ class PipeCapture:
         self._file.close()
 
 
-def started(open_capture: Callable[[], Capture], **options: object) -> Grabber:
-    source = Grabber("pipe", open_capture, is_live=True, backoff_s=(0.01, 0.05), **options)
+def started(open_capture: Callable[[], Capture]) -> Grabber:
+    source = Grabber("pipe", open_capture, is_live=True)
     source.start()
     return source
 
@@ -106,7 +116,6 @@ def test_a_device_that_goes_away_is_counted_reported_and_opened_again(tmp_path: 
 
 def test_a_device_that_hangs_holds_nobody_up_and_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device.sources.grabber, "STALL_S", 0.2)
-    monkeypatch.setattr(device.sources.grabber, "STOP_S", 0.1)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     source = started(lambda: PipeCapture(pipe))
@@ -321,6 +330,57 @@ def test_a_camera_that_is_none_is_an_error_and_no_more(tmp_path: Path):
         CameraCapture("/dev/null", CameraMode(width=640, height=480, fps=15))
     config = SourceConfig(kind="camera", device="/dev/video-that-is-not-there")
     assert check_source(tmp_path, config, is_running=False).advice.startswith("plug the camera in")
+
+
+class StandIn:
+    """What is used of picamera2, which runs on a Raspberry Pi alone: its manual's names, and a camera that gives two frames."""
+
+    opened: ClassVar[list["StandIn"]] = []
+
+    def __init__(self, number: int) -> None:
+        self.number, self.frames, self.is_closed = number, 2, False
+        StandIn.opened.append(self)
+
+    @staticmethod
+    def global_camera_info() -> list[dict[str, object]]:
+        return [{"Model": "imx708"}]
+
+    def create_video_configuration(self, **options: object) -> dict[str, object]:
+        return options
+
+    def configure(self, configuration: dict[str, object]) -> None:
+        self.configuration = configuration
+
+    def start(self) -> None: ...
+
+    def capture_array(self, _stream: str, *, wait: bool) -> int:
+        assert not wait
+        return self.frames
+
+    def wait(self, job: int, *, timeout: float) -> np.ndarray:
+        assert timeout > 0
+        if not self.frames:
+            raise TimeoutError
+        self.frames -= 1
+        return np.full(SIZE, job, np.uint8)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_csi_camera_is_asked_for_rgb_and_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "picamera2", SimpleNamespace(Picamera2=StandIn))
+    StandIn.opened.clear()
+    source = open_source(SourceConfig(kind="picamera", width=640, height=480, fps=10), tmp_path)
+    source.start()
+    wait_for(lambda: len(StandIn.opened) >= 3)
+    source.stop()
+    assert all(camera.is_closed for camera in StandIn.opened)
+    main = {"format": "BGR888", "size": (640, 480)}  # which is RGB in memory, says its manual
+    assert StandIn.opened[0].configuration == {"main": main, "controls": {"FrameRate": 10}, "queue": False}
+    assert source.tally.bad["source"] >= 2
+    absent = check_source(tmp_path, SourceConfig(kind="picamera", device="1"), is_running=False)
+    assert (absent.ok, "CSI camera 1 is not there" in absent.text) == (False, True)
 
 
 @pytest.mark.skipif(not list(Path("/dev").glob("video*")), reason="this machine has no camera (/dev/video*)")

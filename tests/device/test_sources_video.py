@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import device.sources.grabber
 from device.config import SourceConfig
 from device.contract.manifest import InputSpec
 from device.doctor_sources import check_source
@@ -25,10 +27,16 @@ from tests.support.agent import wait_for
 from tests.support.video import MOTION_JPEG, noise, write_video
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_backoff() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device.sources.grabber, "BACKOFF_S", (0.01, 0.05))
+        yield
+
+
 def opened(path: Path, **options: bool) -> Grabber:
     source = open_source(SourceConfig(kind="video", path=path.name, **options), path.parent)
     assert isinstance(source, Grabber)
-    source._backoff_s = (0.01, 0.05)
     source.start()
     return source
 
