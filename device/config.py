@@ -23,13 +23,11 @@ kind = "directory"              # or "video", "camera" (V4L2), "picamera" (CSI),
 path = "frames"                 # the directory, or the video file
 poll_s = 0.2
 max_fps = 0                     # 0 = as fast as possible
-realtime = false                # video: at its own rate, and what the model is too slow for is dropped; else every frame
-loop = false                    # video: begin again at its end
-device = "/dev/video0"          # camera; better a name that stays: "/dev/v4l/by-id/...". picamera: its number, "0"
-width = 1280                    # camera, picamera: what to ask for; 0 = what the driver gives
-height = 720
-fps = 15
-queue = 4                       # mqtt: frames on fieldvit/v1/SITE/DEVICE/frame that may wait; the oldest are dropped
+# of a video: realtime = true   # at its own rate, and what the model is too slow for is dropped; else every frame
+#             loop = true       # begin again at its end
+# of cameras: device = "/dev/video0"    # better a name that stays: "/dev/v4l/by-id/..."; of a picamera its number: "0"
+#             width = 1280, height = 720, fps = 15      # what to ask for; 0 = what the driver gives
+# of mqtt:    queue = 4         # frames on fieldvit/v1/SITE/DEVICE/frame that may wait; the oldest are dropped
 
 [update]
 source = "dir:updates"          # or "https://updates.example.org/fieldvit"

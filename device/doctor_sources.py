@@ -6,6 +6,7 @@ A video file and a camera are read once, but a camera only where no agent runs, 
 import grp
 import os
 import stat
+import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,8 @@ def _read_one(root: Path, config: SourceConfig) -> Finding:
 
 
 def _refusal(device: str) -> str:
+    if sys.platform != "linux":  # a number, not a file
+        return ""
     try:
         mode = os.stat(device).st_mode
     except OSError as error:

@@ -23,6 +23,7 @@ from tests.support.agent import run_cli
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 CONFIG = AgentConfig(site="lab", device="cam-1", board="generic-x86-64")
+CAMERA = SourceConfig(kind="camera", device="/dev/video0")
 BROKER = {"hostname": "hub", "port": 8883, "ca_file": "identity/ca.pem"}
 MAX_EXPOSURE = 1.5
 """Of 10; systemd calls up to 2 OK. What is left: the network, and `/proc` outside of processes."""
@@ -168,9 +169,10 @@ def test_systemd_accepts_the_unit(tmp_path: Path, board: str):
 
 
 @needs_systemd
-def test_systemd_calls_the_unit_safe(tmp_path: Path):
+@pytest.mark.parametrize("source", [SourceConfig(), CAMERA, SourceConfig(kind="picamera")], ids=lambda s: s.kind)
+def test_systemd_calls_the_unit_safe(tmp_path: Path, source: SourceConfig):
     service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"))
-    text = unit_text(service, replace(CONFIG, broker=None), load_board("generic-x86-64"))
+    text = unit_text(service, replace(CONFIG, source=source), load_board("generic-x86-64"))
     result = analyze(tmp_path, text, "security", "--offline=true", "--no-pager")
     exposure = float(re.search(r"exposure level for \S+: ([\d.]+)", result.stdout)[1])
     print(f"systemd-analyze security: {exposure}")
@@ -224,7 +226,7 @@ def test_a_camera_that_is_no_device_is_refused_before_anything_is_written(tmp_pa
 @pytest.mark.parametrize(
     ("source", "classes"),
     [
-        (SourceConfig(kind="camera", device="/dev/video0"), {"video4linux"}),
+        (CAMERA, {"video4linux"}),
         (SourceConfig(kind="picamera"), {"video4linux", "media", "dma_heap"}),
     ],
 )
