@@ -1,8 +1,10 @@
 """OpenCV (`fieldvit[camera]`), loaded only where frames come from a video file or a V4L2 camera.
 
-It is kept to one thread: the others are the model's. What it decodes is BGR and becomes RGB here, once.
+It is kept to one thread: the others are the model's. What it and FFmpeg would print goes nowhere: a camera that is away
+would fill the log, and no line of it says what the agent's own does not. What it decodes is BGR and becomes RGB here, once.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -10,9 +12,14 @@ import numpy as np
 
 from device.contract.errors import ConfigError, FrameError
 
+_QUIET = {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
+"""Read when the module is loaded; who sets them otherwise has a reason."""
+
 
 def load_opencv() -> Any:
     """The module `cv2`; ConfigError where it is not installed."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         cv2: Any = import_module("cv2")
     except ImportError as error:

@@ -1,6 +1,9 @@
 """Video files, written by OpenCV: every frame, in its own colours, to the end; and what is damaged is counted."""
 
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ from device.sources.grabber import Grabber
 from device.sources.open import open_source
 from host.data.inputs import to_input
 from host.data.pictures import decode
-from tests.support.agent import wait_for
+from tests.support.agent import REPO_ROOT, wait_for
 from tests.support.video import MOTION_JPEG, noise, write_video
 
 
@@ -161,6 +164,22 @@ def test_all_sources_give_the_model_what_the_host_gives_it(
     for way in ways:
         frame = way if way.shape[2] == channels else grey_of(way)  # raw files are taken as they are
         np.testing.assert_array_equal(preprocess(frame[None], spec), expected)
+
+
+def test_nothing_is_printed_beside_the_agent_s_own_lines(tmp_path: Path):
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(3000))
+    script = (
+        "from pathlib import Path; from device.sources.camera import *; from device.sources.video import *\n"
+        "for open_one in (lambda: VideoCapture(Path('a.mp4'), is_realtime=False), lambda: CameraCapture('/dev/null', CameraMode())):\n"
+        "    try: open_one()\n"
+        "    except FrameError: print('refused')"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENCV_")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO_ROOT), environment.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("refused\n" * 2, "")
 
 
 def test_the_doctor_reads_a_frame(tmp_path: Path):
