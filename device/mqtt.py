@@ -132,6 +132,7 @@ class Connection:
         self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
         self.results_dropped = 0
         self.is_connected = False
+        self._frame_mid: int | None = None
         self._trouble = ""
         self._refusal = ""
         create_client(config, base, "", protocol=_MQTT_5)  # a missing file is a mistake to report at the start
@@ -294,7 +295,7 @@ class Connection:
         self._spool.resend()
         client.subscribe(self._device.topic("command"), qos=1)
         if self._on_frame:
-            client.subscribe(self._device.topic("frame"), qos=0)  # what comes while the board is away is not kept
+            _, self._frame_mid = client.subscribe(self._device.topic("frame"), qos=0)  # nothing is kept for later
         else:  # it may have asked for them before
             client.unsubscribe(self._device.topic("frame"))
         self._announce.set()
@@ -309,11 +310,12 @@ class Connection:
             self._refusal = self._refusal or f"the broker closed the connection ({reason})"
 
     def _on_subscribe(
-        self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _properties: object
+        self, _client: paho.Client, _data: object, mid: int, reasons: list[ReasonCode], _properties: object
     ) -> None:
         for reason in reasons:
             if reason.is_failure:  # what this board has to say goes on
-                log.error("mqtt: the broker lets no command through (%s); check its access rules", reason)
+                what = "frame" if mid == self._frame_mid else "command"
+                log.error("mqtt: the broker lets no %s through (%s); check its access rules", what, reason)
 
     def tell_companion(self) -> None:
         """Have the companion's messages made and sent again, soon."""
