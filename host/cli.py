@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
 from host.table import print_table as _print_table
+
+if TYPE_CHECKING:
+    from host.fleet.ssh import Remote
 
 app = typer.Typer(
     name="fieldvit",
@@ -39,6 +42,9 @@ BundleArgument = Annotated[Path, typer.Argument(help="A bundle, NAME-VERSION.fie
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 RepoOption = Annotated[Path, typer.Option("--repo", help="The update repository; made if it is not there.")]
+SshKeyOption = Annotated[Path | None, typer.Option(help="ssh: the private key; else what ssh itself chooses.")]
+KnownHostsOption = Annotated[Path | None, typer.Option(help="ssh: file of host keys, instead of your own.")]
+BoardPythonOption = Annotated[str, typer.Option(help="ssh: the board's Python, 3.11 or later.")]
 BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
 RUNS = Path("runs")
 INTERRUPTED = 130
@@ -204,9 +210,15 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Write report.html and report.md into this directory.", show_default=False)
     ] = None,
+    on: Annotated[
+        str, typer.Option("--on", help="ssh:USER@HOST[:PORT][/PATH], a flashed board; else here.", show_default=False)
+    ] = "",
+    ssh_key: SshKeyOption = None,
+    known_hosts: KnownHostsOption = None,
+    python: BoardPythonOption = "python3",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure latency, size, memory, accuracy and delegation on this machine, query by query, alone or against others."""
+    """Measure latency, size, memory, accuracy and delegation, query by query, alone or against others, here or on a board."""
     from host.bench.contestants import require_measurable
 
     paths = [bundle, *(vs or [])]
@@ -219,7 +231,8 @@ def bench(
     from host.bench.run import bench_files
     from host.terminal import StageLines
 
-    options = {"--queries": queries, "--seconds": seconds, "--threads": threads}
+    board = _remote("--on", on, ssh_key, known_hosts, python) if on else None
+    options = {"--queries": queries, "--seconds": seconds, "--threads": threads, "--on": on or None}
     words = [*paths[:1], *(word for path in paths[1:] for word in ("--vs", path))]
     words += [word for name, value in options.items() if value is not None for word in (name, value)]
     result = bench_files(
@@ -229,6 +242,7 @@ def bench(
         command=shlex.join(["fieldvit", "bench", *map(str, words)]),
         today=datetime.now(UTC).date(),
         report=StageLines(),
+        board=board,
     )
     if out:
         from host.bench.report import write_reports
@@ -264,9 +278,9 @@ def flash(
     frames: Annotated[
         str, typer.Option(help="Where the board finds its frames, relative to its data directory.")
     ] = "frames",
-    ssh_key: Annotated[Path | None, typer.Option(help="ssh: the private key; else what ssh itself chooses.")] = None,
-    known_hosts: Annotated[Path | None, typer.Option(help="ssh: file of host keys, instead of your own.")] = None,
-    python: Annotated[str, typer.Option(help="ssh: the board's Python, 3.11 or later.")] = "python3",
+    ssh_key: SshKeyOption = None,
+    known_hosts: KnownHostsOption = None,
+    python: BoardPythonOption = "python3",
     wheels: Annotated[Path | None, typer.Option(help="ssh: wheels for a board without an index.")] = None,
     pip_args: Annotated[str, typer.Option(help="ssh: further options of the board's pip.")] = "",
     as_json: JsonOption = False,
@@ -281,10 +295,8 @@ def flash(
     settings = BoardSettings(id=DeviceId(site, device), board=board, channel=channel, broker=address, frames=frames)
     if to.startswith("ssh:"):
         from host.fleet.flash_ssh import describe, flash_ssh
-        from host.fleet.ssh import Remote, Target
 
-        target = Target.parse(to)
-        remote = Remote(target=target, key=ssh_key, known_hosts=known_hosts, python=python, tell=_tell_progress)
+        remote = _remote("--to", to, ssh_key, known_hosts, python)
         arguments = shlex.split(pip_args)
         outcome = flash_ssh(bundle, remote, repository=repo, settings=settings, wheels=wheels, pip_arguments=arguments)
         table = {**asdict(outcome), "expires": outcome.expires.isoformat()}
@@ -523,6 +535,13 @@ def main(argv: list[str] | None = None) -> int:
     if status == INTERRUPTED:  # Typer turns Ctrl-C into this status without a word
         return _fail("interrupted; run the same command again, finished stages are kept", INTERRUPTED)
     return status if isinstance(status, int) else 0
+
+
+def _remote(option: str, address: str, key: Path | None, known_hosts: Path | None, python: str) -> "Remote":
+    from host.fleet.ssh import Remote, Target
+
+    target = Target.parse(address, option=option)
+    return Remote(target=target, key=key, known_hosts=known_hosts, python=python, tell=_tell_progress)
 
 
 def _tell_progress(line: str) -> None:

@@ -8,15 +8,13 @@ import numpy as np
 
 from device.contract.bundle import extract, read_manifest
 from device.contract.manifest import InputSpec
-from host.bench.process import Worker
 from host.bench.runtimes import NUM_SAMPLES, Subject
-from host.data.inputs import input_batches, to_input
+from host.data.inputs import to_input
 from host.data.splits import LabeledImages
 from host.errors import BenchError
 
 FOREIGN = {".tflite": "tflite", ".onnx": "onnx"}
 MOST_IMAGES = 1000
-_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +54,6 @@ def find_contestants(path: Path, directory: Path, *, num_threads: int) -> list[C
         return _of_bundle(path, directory, num_threads)
     subject = Subject(name=str(path), path=path, runtime=FOREIGN[path.suffix], num_threads=num_threads)
     return [Contestant(file=path.name, artifact="", subject=subject)]
-
-
-def accuracy(worker: Worker, test: tuple[LabeledImages, InputSpec]) -> float:
-    """Share of the test images that a worker classifies rightly; not timed."""
-    images, spec = test
-    answers = [worker.answers(batch) for batch in input_batches(images.images, spec, batch_size=_BATCH_SIZE)]
-    return float((np.concatenate(answers) == images.labels).mean())
 
 
 def _of_bundle(bundle: Path, directory: Path, num_threads: int) -> list[Contestant]:

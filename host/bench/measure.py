@@ -5,12 +5,13 @@ them alike and nobody always follows the same load.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from host.bench.process import Worker
+from host.bench.runtimes import describe_runtime
 
 WARM_UP = 10
 FIRST_LOOK = 256
@@ -43,6 +44,43 @@ class Times:
 
     wall: np.ndarray
     processor: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one contestant showed, here or on a board.
+
+    Attributes:
+        peak_bytes: peak resident memory of its process.
+        accuracy: share of `accuracy_images` test images, 0..1; None where there were none.
+        runtime: its runtime's name and version.
+    """
+
+    times: Times
+    peak_bytes: int
+    accuracy: float | None
+    accuracy_images: int
+    runtime: str
+
+
+Test = tuple[Iterable[np.ndarray], np.ndarray]
+"""Batches of images as the model takes them, float32 [n, H, W, C], and the labels of all, int64 [N]."""
+
+
+def look(worker: Worker, times: Times, test: Test | None) -> Measured:
+    """What a worker showed that has answered its queries; only now are the test images sent, and not timed."""
+    peak_bytes, runtime = worker.peak_bytes(), describe_runtime(worker.subject.runtime)
+    if test is None:
+        return Measured(times=times, peak_bytes=peak_bytes, accuracy=None, accuracy_images=0, runtime=runtime)
+    batches, labels = test
+    is_right = np.concatenate([worker.answers(batch) for batch in batches]) == labels
+    return Measured(
+        times=times,
+        peak_bytes=peak_bytes,
+        accuracy=float(is_right.mean()),
+        accuracy_images=len(labels),
+        runtime=runtime,
+    )
 
 
 def measure(

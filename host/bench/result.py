@@ -86,13 +86,14 @@ def _operations(counts: Mapping[str, int] | None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchResult:
-    """A measurement on this machine; the first row is what ratios are to."""
+    """A measurement, here or on a board; the first row is what ratios are to."""
 
     rows: tuple[BenchRow, ...]
     queries: int
     warm_up: int
     seconds: float
     num_threads: int
+    is_on_board: bool
     machine: Mapping[str, Any]
     date: str
     command: str
@@ -112,6 +113,8 @@ class BenchResult:
             f"{self.queries} queries of each file in {self.seconds:.1f} s, one at a time and in turn, on {threads}, "
             f"after {self.warm_up} to warm up"
         )
+        if self.is_on_board:
+            yield "measured on the board, in its own runtime; what XNNPACK takes there was not looked at"
         if self.queries < QUOTABLE_QUERIES and self.seconds < QUOTABLE_SECONDS:
             yield (
                 f"a first look: for figures to quote measure --queries {QUOTABLE_QUERIES} or "

@@ -5,6 +5,7 @@ memory of a worker is that of Python, NumPy, one runtime and one model.
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +112,11 @@ RUNTIMES: dict[str, type[BoardArtifact] | type[TFLiteFile] | type[ONNXFile]] = {
     "tflite": TFLiteFile,
     "onnx": ONNXFile,
 }
+
+
+def describe_runtime(runtime: str) -> str:
+    """Name and version of what runs a key of `RUNTIMES` here."""
+    return f"onnxruntime {version('onnxruntime')}" if runtime == "onnx" else f"LiteRT {version('ai-edge-litert')}"
 
 
 def load(subject: Subject) -> Runtime:

@@ -1,4 +1,4 @@
-"""What `flash --to ssh:` does on the board. Sent there as text for `python3 -c`: standard library only, imports nothing of ours.
+"""What `flash --to ssh:` and `bench --on ssh:` do on the board. Sent there as text for `python3 -c`: standard library only, imports nothing of ours.
 
     python3 -c TEXT VERB JSON      the answer is the last line of standard output, as JSON
 
@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 
@@ -174,6 +175,26 @@ def update(root, **_):
     return answer
 
 
+def bench(root, files, **_):
+    """Measure with the runtime that is installed: `files` are names with hashes, gone again afterwards."""
+    program = os.path.join(root, "runtime", "current", "bin", "python")
+    if not os.path.exists(program):
+        raise SystemExit("error: no runtime in " + root + "; flash a bundle there first, it brings the runtime")
+    folder = tempfile.mkdtemp(prefix="bench-", dir=root)
+    try:
+        for name, sha in files.items():
+            shutil.copyfile(os.path.join(root, "incoming", sha), os.path.join(folder, name))
+        say("measuring")
+        done = subprocess.run([program, os.path.join(folder, "bench.pyz"), folder], stdout=subprocess.PIPE)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for sha in files.values():
+            remove(os.path.join(root, "incoming", sha))
+    if done.returncode:
+        raise SystemExit(1)
+    return json.loads(done.stdout)
+
+
 def give(root, **_):
     """What root wrote belongs to the directory's owner; the agent may have to replace it."""
     owner = os.stat(root)
@@ -194,6 +215,11 @@ def lock(file):
         else:
             return
     raise SystemExit("error: the same file is being sent by somebody else; flash again when that is done")
+
+
+def remove(path):
+    if os.path.exists(path):
+        os.remove(path)
 
 
 def files_below(directory):
@@ -238,7 +264,7 @@ def run(command, complaint):
 
 
 if __name__ == "__main__":
-    VERBS = {"look": look, "receive": receive, "place": place, "install": install, "update": update, "give": give}
+    VERBS = {each.__name__: each for each in (look, receive, place, install, update, bench, give)}
     try:
         print(json.dumps(VERBS[sys.argv[1]](**json.loads(sys.argv[2]))))
     except OSError as error:

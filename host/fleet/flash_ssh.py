@@ -9,7 +9,7 @@ the whole may be repeated at any time; a cut leaves the board as it was, with fi
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -124,7 +124,7 @@ def _flash(remote: Remote, runtime: Runtime, files: Mapping[str, Path], *, frame
     needs_runtime = bool(sent)
     sent |= {sha: files[name] for name, sha in hashes.items() if found["hashes"][name] != sha}
     _require_room(remote, found, sum(path.stat().st_size for path in sent.values()), needs_runtime=needs_runtime)
-    _send(remote, sent, found["incoming"])
+    remote.send_all(sent, found["incoming"])
     is_runtime_changed = needs_runtime and _install(remote, runtime)
     placed = remote.ask("place", {"root": root, "files": hashes, "expected": found["hashes"], "frames": frames})
     remote.ask("give", {"root": root})
@@ -151,31 +151,6 @@ def _install(remote: Remote, runtime: Runtime) -> bool:
         "pip_arguments": list(runtime.pip_arguments),
     }
     return bool(remote.ask("install", arguments)["is_changed"])
-
-
-def _send(remote: Remote, files: Mapping[str, Path], incoming: Mapping[str, int]) -> None:
-    for sha256, path in files.items():
-        size = path.stat().st_size
-        if sha256 in incoming:  # whole already
-            continue
-        offset = incoming.get(f"{sha256}.partial", 0)
-        offset = offset if offset <= size else 0
-        progress = _percent(remote.tell, path.name, size, offset)
-        remote.send(path, sha256, offset=offset, size=size, progress=progress)
-
-
-def _percent(tell: Callable[[str], None], name: str, size: int, offset: int) -> Callable[[int], None]:
-    """Tells every quarter of a file that is large enough to wait for."""
-    quarters = iter([size // 4, size // 2, size * 3 // 4, size])
-    wanted = [next(quarters)]
-    tell(f"sending {name}, {size} bytes" + (f", from byte {offset} on" if offset else ""))
-
-    def progress(done: int) -> None:
-        while size > 1 << 20 and done >= wanted[0]:
-            tell(f"sending {name}: {100 * done // size} %")
-            wanted[0] = next(quarters, size + 1)
-
-    return progress
 
 
 def _require_able(remote: Remote, found: Mapping[str, Any]) -> None:

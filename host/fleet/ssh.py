@@ -32,18 +32,22 @@ class Target:
     root: str = DEFAULT_ROOT
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read a target; FleetError says what is wrong with it."""
+    def parse(cls, text: str, *, option: str = "--to") -> Self:
+        """Read what was given for an option; FleetError says what is wrong with it."""
         rest = text.removeprefix("ssh:").removeprefix("//")
         address, slash, path = rest.partition("/")
         user, at, host = address.rpartition("@")
         host, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "22")
         host = host.removeprefix("[").removesuffix("]")
-        is_name = bool(user and host) and not any(c.isspace() or c in "'\"`$;&|<>()\\" for c in address)
+        is_name = (
+            text.startswith("ssh:")
+            and bool(user and host)
+            and not any(c.isspace() or c in "'\"`$;&|<>()\\" for c in address)
+        )
         if not at or not is_name or not port.isdecimal() or not 1 <= int(port) <= 65535 or user.startswith("-"):
-            raise FleetError(f"--to {text!r}: write ssh:USER@HOST[:PORT][/PATH]")
+            raise FleetError(f"{option} {text!r}: write ssh:USER@HOST[:PORT][/PATH]")
         if host.startswith("-"):
-            raise FleetError(f"--to {text!r}: a host cannot begin with '-'")
+            raise FleetError(f"{option} {text!r}: a host cannot begin with '-'")
         return cls(user=user, host=host, port=int(port), root=f"/{path}" if slash and path else DEFAULT_ROOT)
 
     @property
@@ -101,9 +105,26 @@ class Remote:
                 process.stdin.close()
             answer = self._finish(process)
         if not answer["is_whole"]:
-            raise FleetError(
-                f"{self.target.name}: {path.name} did not arrive whole; flash again, it goes on from there"
-            )
+            raise FleetError(f"{self.target.name}: {path.name} did not arrive whole; try again, it goes on from there")
+
+    def send_all(self, files: Mapping[str, Path], incoming: Mapping[str, int]) -> None:
+        """Send files by their SHA-256, each from where an earlier cut left it.
+
+        Args:
+            files: what the board should have in `incoming`.
+            incoming: what `look` found there, with sizes.
+
+        Raises:
+            FleetError: as for `ask`.
+        """
+        for sha256, path in files.items():
+            size = path.stat().st_size
+            if sha256 in incoming:  # whole already
+                continue
+            offset = incoming.get(f"{sha256}.partial", 0)
+            offset = offset if offset <= size else 0
+            progress = _percent(self.tell, path.name, size, offset)
+            self.send(path, sha256, offset=offset, size=size, progress=progress)
 
     def _start(self, verb: str, arguments: Mapping[str, Any], *, stdin: int) -> "subprocess.Popen[bytes]":
         source = Path(board_side.__file__).read_text(encoding="utf-8")
@@ -161,7 +182,7 @@ class Remote:
             return FleetError(f"{name}: {said[-1]}")
         last = next((line for line in reversed(errors) if line.strip()), "no message")
         if code == _FAILED_TO_CONNECT:
-            return FleetError(f"{name}: the connection failed or was cut ({last}); check it, then flash again")
+            return FleetError(f"{name}: the connection failed or was cut ({last}); check it, then try again")
         if "not found" in last and self.python in last:
             return FleetError(f"{name}: has no {self.python}; install Python 3.11 or later there")
         return FleetError(f"{name}: failed with exit code {code} ({last})")
@@ -193,6 +214,20 @@ class Remote:
             return lines.stdout.decode(errors="replace").split()[1]
         except (OSError, IndexError, subprocess.TimeoutExpired):
             return "a key that could not be read"
+
+
+def _percent(tell: Callable[[str], None], name: str, size: int, offset: int) -> Callable[[int], None]:
+    """Tells every quarter of a file that is large enough to wait for."""
+    quarters = iter([size // 4, size // 2, size * 3 // 4, size])
+    wanted = [next(quarters)]
+    tell(f"sending {name}, {size} bytes" + (f", from byte {offset} on" if offset else ""))
+
+    def progress(done: int) -> None:
+        while size > 1 << 20 and done >= wanted[0]:
+            tell(f"sending {name}: {100 * done // size} %")
+            wanted[0] = next(quarters, size + 1)
+
+    return progress
 
 
 def _is_ssh(line: str) -> bool:

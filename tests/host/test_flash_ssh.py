@@ -12,12 +12,15 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from device.contract.topics import DeviceId
+from host.bench.measure import Extent
+from host.bench.run import bench_files
 from host.errors import FleetError
 from host.files import sha256_of
 from host.fleet.flash import BoardSettings
@@ -231,8 +234,22 @@ def test_a_board_from_nothing_to_a_model_that_is_taken_back(
     assert not (fleet.root / "incoming").exists()
 
     before = fleet.tree()
+    (tmp_path / "tiny.tflite").write_bytes(tiny_model.tflite)
     again = fleet.flash(tmp_path / "tiny-1.0.0.fieldvit", wheels)
     assert not again.is_changed
+    assert fleet.tree() == before
+
+    result = bench_files(
+        [tmp_path / "tiny.tflite"],
+        Extent(queries=5),
+        num_threads=1,
+        command="",
+        today=date.today(),
+        report=print,
+        board=remote,
+    )
+    assert result.rows[0].p50_ms > 0
+    assert not list(fleet.root.glob("bench-*"))
     assert fleet.tree() == before
 
     second = fleet.flash(fleet.publish(2), wheels)
