@@ -5,6 +5,10 @@ Bilinear resizing uses half-pixel centres without antialiasing, as TFLite's RESI
 Every number is made by one multiplication, division, addition or subtraction of float32 at a time, which IEEE 754 rounds
 in one way only: no sum whose order or fused products a processor, a batch or a version of NumPy could choose. So the
 host's batch and the board's single frame agree bit for bit, also from x86 to ARM.
+
+Frames of the model's own size are scaled and normalized by one look-up. A table to int8 would save the artifact its first
+operation, QUANTIZE, and that is all: 0.013 ms for 224x224x3, where EfficientFormer-L1 takes 107 ms (x86-64, one thread);
+so the input of every artifact stays float32, which any other client can fill without knowing scales.
 """
 
 from functools import lru_cache
@@ -14,13 +18,17 @@ import numpy as np
 from device.contract.errors import FrameError
 from device.contract.manifest import InputSpec
 
+BLOCK_BYTES = 96 << 10
+"""Below what an allocator asks the system for: there, each new array would cost page faults, more than its arithmetic."""
 
-def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
+
+def preprocess(frames: np.ndarray, spec: InputSpec, *, out: np.ndarray | None = None) -> np.ndarray:
     """Resize, scale to 0..1 and normalize frames.
 
     Args:
         frames: uint8 [N, h, w, C], any h and w; C as the model's.
         spec: the model's input, from the manifest.
+        out: float32 [N, H, W, C] in C order to write to, where no new memory should be touched for each frame.
 
     Returns:
         float32 [N, H, W, C].
@@ -34,32 +42,37 @@ def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
             "decode them to 8 bits and the model's number of channels",
             reason="shape",
         )
-    if frames.shape[1:3] == (spec.height, spec.width):
-        return _look_up(frames, _normalized_levels(spec))
-    return _normalize(resize_bilinear(frames, spec.height, spec.width), spec)
+    shape = (len(frames), spec.height, spec.width, spec.channels)
+    values = np.empty(shape, np.float32) if out is None else out
+    if frames.shape == shape:
+        _look_up(frames, _normalized_levels(spec), values)
+    else:
+        _resize(frames, values)
+        _normalize(values, spec)
+    return values
 
 
-def _normalize(values: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """In place."""
+def _normalize(values: np.ndarray, spec: InputSpec) -> None:
     values /= np.float32(255)
     values -= np.asarray(spec.mean, np.float32)
     values /= np.asarray(spec.std, np.float32)
-    return values
 
 
 @lru_cache(maxsize=8)
 def _normalized_levels(spec: InputSpec) -> np.ndarray:
     """What each of the 256 levels of each channel becomes, [C, 256]."""
     levels = np.repeat(np.arange(256, dtype=np.float32)[:, None], spec.channels, axis=1)
-    return np.ascontiguousarray(_normalize(levels, spec).T)
+    _normalize(levels, spec)
+    return np.ascontiguousarray(levels.T)
 
 
-def _look_up(frames: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Scaled and normalized in one pass: at 224x224x3 in 0.25 ms, in three passes 0.77 ms (x86-64, one thread)."""
-    values = np.empty(frames.shape, np.float32)
-    for channel, table in enumerate(levels):
-        np.take(table, frames[..., channel], out=values[..., channel], mode="clip")
-    return values
+def _look_up(frames: np.ndarray, levels: np.ndarray, values: np.ndarray) -> None:
+    count, height, width, _ = frames.shape
+    at_once = max(1, BLOCK_BYTES // (8 * count * width))  # NumPy makes indices of 8 bytes of them
+    for start in range(0, height, at_once):
+        block = slice(start, start + at_once)
+        for channel, table in enumerate(levels):
+            np.take(table, frames[:, block, :, channel], out=values[:, block, :, channel], mode="clip")
 
 
 def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -67,19 +80,31 @@ def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
     count, source_height, source_width, channels = images.shape
     if (source_height, source_width) == (height, width):
         return images.astype(np.float32)
-    rows = images.reshape(count, source_height, source_width * channels)
-    tall = _interpolate(rows, *_neighbours(source_height, height, 1), axis=1)
-    wide = _interpolate(tall, *_neighbours(source_width, width, channels), axis=2)
-    return wide.reshape(count, height, width, channels)
+    values = np.empty((count, height, width, channels), np.float32)
+    _resize(images, values)
+    return values
 
 
-def _interpolate(
-    values: np.ndarray, low: np.ndarray, high: np.ndarray, fraction: np.ndarray, *, axis: int
-) -> np.ndarray:
-    """Between the neighbours of each target position: two products and a sum, each rounded to float32."""
-    fraction = fraction[:, None] if axis == 1 else fraction
-    between: np.ndarray = np.multiply(values.take(low, axis), 1 - fraction, dtype=np.float32)
-    between += np.multiply(values.take(high, axis), fraction, dtype=np.float32)
+def _resize(images: np.ndarray, values: np.ndarray) -> None:
+    """Into `values`, a few rows at a time: what is needed in between stays in the cache, and in memory that is at hand."""
+    count, source_height, source_width, channels = images.shape
+    height, width = values.shape[1:3]
+    sources = images.reshape(count, source_height, source_width * channels)
+    targets = values.reshape(count, height, width * channels)
+    rows, columns = _neighbours(source_height, height, 1), _neighbours(source_width, width, channels)
+    at_once = max(1, BLOCK_BYTES // (4 * count * source_width * channels))
+    for start in range(0, height, at_once):
+        block = slice(start, start + at_once)
+        low, high, fraction = (part[block] for part in rows)
+        tall = _between(sources.take(low, 1), sources.take(high, 1), fraction[:, None])
+        low, high, fraction = columns
+        targets[:, block] = _between(tall.take(low, 2), tall.take(high, 2), fraction)
+
+
+def _between(low: np.ndarray, high: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Two products and a sum, each rounded to float32."""
+    between: np.ndarray = np.multiply(low, 1 - fraction, dtype=np.float32)
+    between += np.multiply(high, fraction, dtype=np.float32)
     return between
 
 

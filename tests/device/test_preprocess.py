@@ -36,6 +36,9 @@ def test_the_host_s_batch_and_the_board_s_single_frame_agree_bit_for_bit(
     batch = preprocess(frames, spec)
     for frame, expected in zip(frames, batch, strict=True):
         np.testing.assert_array_equal(preprocess(frame[None], spec)[0], expected)
+    out = np.full_like(batch, np.nan)
+    assert preprocess(frames, spec, out=out) is out
+    np.testing.assert_array_equal(out, batch)
     turned = np.asfortranarray(frames)  # memory order is no business of the result's
     np.testing.assert_array_equal(preprocess(turned, spec), batch)
     np.testing.assert_array_equal(batch, stepwise(frames, spec))
