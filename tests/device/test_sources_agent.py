@@ -103,6 +103,7 @@ def test_pictures_come_over_mqtt_and_stay_nowhere(field: Field, tmp_path: Path):
     assert kept == []
 
 
+@pytest.mark.slow
 def test_a_burst_leaves_the_newest_and_is_counted(field: Field, tmp_path: Path):
     pictures = [npy(frame) for frame in make_frames(200, 0)]
     with mosquitto(tmp_path) as port, listen(port, PREFIX) as listener:
