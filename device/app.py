@@ -12,15 +12,15 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from device.commands import Commands, Handler, one_line
+from device.commands import Commands, Handler
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
-from device.contract.errors import ConfigError, DeviceError, EngineError, FrameError
+from device.contract.errors import ConfigError, DeviceError, EngineError, FrameError, one_line
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
 from device.contract.records import to_table
 from device.diagnostics import ErrorLog, diagnose
-from device.frames import DirectorySource, Frame
+from device.frames import Frame
 from device.home_assistant import INSTALL, discovery, install_topic, state_topic, update_state
 from device.identity import renew_if_due
 from device.last_run import begin_run, end_run, last_crash
@@ -34,6 +34,8 @@ from device.sampling import Sampling, SamplingChange, SamplingStore
 from device.serving import Model, Serving
 from device.slots import NAMES, Slots
 from device.snapshot import take_snapshot
+from device.sources.messages import MessageSource
+from device.sources.open import open_source
 from device.spool import Spool
 from device.updater import Updater
 from device.verbs import Verbs, status_table
@@ -83,7 +85,7 @@ class Agent:
         self._reporter = Reporter(config.id, board.name, uuid.uuid4().hex[:16], self._spool)
         self._slots = Slots(root)
         self._serving = Serving(self._slots, runtime, budget=board.budget)
-        self._source = DirectorySource(root / config.source.path)
+        self._source = open_source(config.source, root)
         self._verbs = Verbs(
             root,
             config.update.source,
@@ -115,10 +117,10 @@ class Agent:
         self._is_reload_asked = False
         self._reported_model: Model | None = None
         self._reported_entry = -1
-        self._reported_source_errors = 0
-        self._reported_problem = ""
+        self._reported_problem = self._reported_source_problem = ""
         self._last_window: dict[str, float] = {}
-        self._frames = self._errors = self._window_errors = 0
+        self._frames = self._errors = self._window_errors = 0  # errors: those that are no bad frames
+        self._is_bad_frame_reported = False
         self._is_drifting = self._is_hot = self._is_renewal_reported = False
         self._max_celsius = board.budget.soc_temp_celsius
         now = time.monotonic()
@@ -149,6 +151,7 @@ class Agent:
             self._connection.start()
         if self._metrics:
             self._metrics.start()
+        self._source.start()
         self._pulse.beat()
         self._notifier.ready(self._status_line())
         if self._serving.model is None or self._slots.last_number != proven:  # a slot was damaged: get it again
@@ -156,6 +159,7 @@ class Agent:
         code = self._loop()
         self._notifier.stopping()
         watchdog.stop()
+        self._source.stop()
         if self._metrics:
             self._metrics.stop()
         self._report_window(self._serving.model)
@@ -177,7 +181,11 @@ class Agent:
         return status_table(self._slots, self._serving, self._reporter.boot) | {
             "device": str(self._config.id),
             "frames": self._frames,
-            "errors": self._errors + self._source.errors,
+            "errors": self._error_count,
+            "source": self._config.source.kind,
+            "source_problem": self._source.problem,
+            "bad_frames": self._source.tally.bad,
+            "frames_dropped": self._source.tally.dropped,
             "spool_depth": self._spool.depth,
             "spool_dropped": self._spool.dropped,
             "results_dropped": self._connection.results_dropped if self._connection else 0,
@@ -243,8 +251,10 @@ class Agent:
         """One look at the frame source."""
         self._tick()
         model = self._serving.model
-        if model is None or not self._classify_new_frames(model):
+        if model is None:
             self._stop.wait(self._config.source.poll_s)
+        elif not self._classify_new_frames(model):
+            self._source.wait(self._config.source.poll_s, self._stop)
 
     def _classify_new_frames(self, model: Model) -> bool:
         """Classify until the source has no more, the model is replaced, or the agent stops; False if nothing was new."""
@@ -263,7 +273,7 @@ class Agent:
             features, answer = model.infer(frame.pixels)
         except FrameError as error:
             detail = f"{frame.frame_id}: {one_line(error)}"
-            self._count_error("frame", detail)
+            self._count_bad_frame(error.reason, detail)
             self._serving.count_bad_frame(model, detail)
             return
         except EngineError as error:
@@ -294,11 +304,19 @@ class Agent:
         if self._window_errors == 1:  # one event in a window; telemetry has the count
             self._reporter.event("error", reason=reason, detail=detail)
 
+    def _count_bad_frame(self, reason: str, detail: str) -> None:
+        self._source.tally.count_bad(reason)
+        log.warning("%s", detail)
+        if not self._is_bad_frame_reported:
+            self._reporter.event("error", reason="frame", detail=detail)
+        self._is_bad_frame_reported = True
+
     def _tick(self) -> None:
         """Do what is due between two frames."""
         self._pulse.beat()
         self._serving.watch()
         self._report_problem()
+        self._report_source()
         if self._serving.model is not self._reported_model:
             self._report_new_model()
         if self._slots.last_number != self._reported_entry:
@@ -361,10 +379,11 @@ class Agent:
     def _report_window(self, model: Model | None) -> None:
         """Send the telemetry of a model's window, and a drift event when the measure passes its limit."""
         drift = model.window.drift() if model else None
-        errors = self._window_errors + self._source.errors - self._reported_source_errors
-        self._last_window = self._reporter.telemetry(model, errors=errors)
+        lost = self._source.tally.window()
+        errors = self._window_errors + sum(count for name, count in lost.items() if name.startswith("errors/"))
+        self._last_window = self._reporter.telemetry(model, errors=errors, lost=lost)
         self._report_heat(self._last_window.get("temperature", 0.0))
-        self._window_errors, self._reported_source_errors = 0, self._source.errors
+        self._window_errors, self._is_bad_frame_reported = 0, False
         if drift is not None:
             if drift > DRIFT_ALARM and not self._is_drifting:
                 self._reporter.event("drift", drift=drift, limit=DRIFT_ALARM)
@@ -383,6 +402,19 @@ class Agent:
             self._errors += 1
             self._reporter.event("error", reason="canary", detail=problem)
         self._reported_problem = problem
+
+    def _report_source(self) -> None:
+        """One event for each time that frames stop coming; telemetry counts for how long."""
+        problem = self._source.problem
+        if problem != self._reported_source_problem:
+            if problem and not self._reported_source_problem:
+                self._reporter.event("error", reason="source", detail=problem)
+            self._reported_source_problem = problem
+            self._write_status()
+
+    @property
+    def _error_count(self) -> int:
+        return self._errors + sum(self._source.tally.bad.values())
 
     def _make_watchdog(self) -> Watchdog:
         limits = self._config.watchdog
@@ -410,7 +442,7 @@ class Agent:
         """What `systemctl status` shows."""
         entry = self._slots.serving()
         model = f"{entry.name} {entry.version} {entry.precision}, {entry.state}" if entry else "no model"
-        return f"{model}; {self._frames} frames, {self._errors + self._source.errors} errors"
+        return f"{model}; {self._frames} frames, {self._error_count} errors"
 
     def _announce(self) -> None:
         if self._connection:
@@ -437,6 +469,7 @@ class Agent:
             offline=self._reporter.offline(),
             on_command=self._commands.receive,
             companion=self._make_companion(),
+            on_frame=self._source.receive if isinstance(self._source, MessageSource) else None,
         )
 
     def _make_companion(self) -> Companion | None:

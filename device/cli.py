@@ -120,6 +120,7 @@ def _status(arguments: argparse.Namespace) -> int:
         lines.append(
             f"frames: {table.get('frames')}, errors {table.get('errors')}, messages waiting {table.get('spool_depth')}"
         )
+        lines.append(_source_line(table))
         lines.append(f"broker: {'connected' if table.get('connected') else 'not connected'}")
         lines.append(
             f"modules: {'ok' if table.get('modules_ok') else 'FORBIDDEN'}: {', '.join(table.get('modules', []))}"
@@ -284,7 +285,9 @@ def _add_set_up(verbs: Any) -> None:
     setup.add_argument("--token", default="", help="of 'fieldvit fleet token'; - reads it from standard input")
     setup.add_argument("--broker", default="", metavar="mqtt[s]://HOST[:PORT]", help="needless with a token")
     setup.add_argument("--user", default="", help="whom the service runs as; by default systemd makes one")
-    setup.add_argument("--camera", default="", metavar="/dev/video0", help="a device that the service may use")
+    setup.add_argument(
+        "--camera", default="", metavar="/dev/video0|csi", help="where frames come from, instead of ROOT/frames"
+    )
     setup.add_argument("--unit-dir", dest="unit_directory", type=Path, default=SYSTEM_UNITS, metavar="DIR")
     setup.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
@@ -366,6 +369,12 @@ def _slot_line(entry: dict[str, Any], *, is_served: bool) -> str:
     model = f" {entry['name']} {entry['version']} {entry['precision']}" if entry["name"] else ""
     reason = f" ({entry['reason']})" if entry["reason"] else ""
     return f"slot {entry['slot']}: {entry['state']}{reason}{model}{', served' if is_served else ''}"
+
+
+def _source_line(table: dict[str, Any]) -> str:
+    bad = ", ".join(f"{count} {reason}" for reason, count in sorted((table.get("bad_frames") or {}).items())) or "none"
+    line = f"source: {table.get('source')}; bad frames: {bad}; dropped for newer ones: {table.get('frames_dropped')}"
+    return line + (f"; PROBLEM: {table['source_problem']}" if table.get("source_problem") else "")
 
 
 def _history_line(entry: dict[str, Any]) -> str:

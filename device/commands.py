@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from device.contract.errors import DeviceError, MessageError
+from device.contract.errors import DeviceError, MessageError, one_line
 from device.contract.messages import MAX_PAYLOAD_BYTES, Command, Reply, decode_command, encode_reply
 from device.contract.records import from_table
 from device.sampling import SamplingChange
@@ -248,8 +248,3 @@ class Worker(threading.Thread):
             except Exception:  # this thread's outer loop: for example a disk that is full
                 log.exception("unexpected error in a command; going on")
             self._busy_since = None
-
-
-def one_line(error: Exception) -> str:
-    """An error's text as one line that any encoder takes."""
-    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()

@@ -19,9 +19,15 @@ cert_file = "device.pem"        # this board's certificate; its key may be in th
 key_file = "device.key"
 
 [source]
-path = "frames"
+kind = "directory"              # or "video", "camera" (V4L2), "picamera" (CSI), "mqtt"
+path = "frames"                 # the directory, or the video file
 poll_s = 0.2
 max_fps = 0                     # 0 = as fast as possible
+# of a video: realtime = true   # at its own rate, and what the model is too slow for is dropped; else every frame
+#             loop = true       # begin again at its end
+# of cameras: device = "/dev/video0"    # better a name that stays: "/dev/v4l/by-id/..."; of a picamera its number: "0"
+#             width = 1280, height = 720, fps = 15      # what to ask for; 0 = what the driver gives
+# of mqtt:    queue = 4         # frames on fieldvit/v1/SITE/DEVICE/frame that may wait; the oldest are dropped
 
 [update]
 source = "dir:updates"          # or "https://updates.example.org/fieldvit"
@@ -49,8 +55,9 @@ enabled = true
 
 import ipaddress
 import os
+import sys
 import tomllib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -65,6 +72,15 @@ CONFIG_NAME = "agent.toml"
 LOG_FORMATS = ("text", "json")
 SOURCE_PREFIX = "dir:"
 WEB_SCHEMES = ("http", "https")
+SOURCE_KINDS = {
+    "directory": ("path",),
+    "video": ("path", "realtime", "loop"),
+    "camera": ("device", "width", "height", "fps"),
+    "picamera": ("device", "width", "height", "fps"),
+    "mqtt": ("queue",),
+}
+"""The kinds of frame sources, and the settings that each has beside `poll_s` and `max_fps`."""
+MAX_SIDE, MAX_FPS, MAX_QUEUE = 16384, 1000, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,17 +111,51 @@ class BrokerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """The directory that frames arrive in."""
+    """Where frames come from; a setting of another kind of source than this is a mistake, and refused."""
 
+    kind: str = "directory"
     path: str = "frames"
     poll_s: float = 0.2
     max_fps: float = 0.0
+    realtime: bool = False
+    loop: bool = False
+    device: str = ""
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    queue: int = 4
 
     def __post_init__(self) -> None:
+        if self.kind not in SOURCE_KINDS:
+            raise ConfigError(f"source.kind must be one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}")
+        of_others = {name for names in SOURCE_KINDS.values() for name in names} - {*SOURCE_KINDS[self.kind]}
+        for field_ in fields(self):
+            if field_.name in of_others and getattr(self, field_.name) != field_.default:
+                raise ConfigError(f"source.{field_.name} means nothing where source.kind is {self.kind!r}; remove it")
+        self._require_device()
+        if self.kind == "video" and self.path == "frames":
+            raise ConfigError("source.path must name the video file where source.kind is 'video'")
+        if min(self.width, self.height, self.fps) < 0 or max(self.width, self.height) > MAX_SIDE or self.fps > MAX_FPS:
+            raise ConfigError(
+                f"source.width and height must be 0..{MAX_SIDE}, fps 0..{MAX_FPS}, "
+                f"got {self.width}x{self.height} at {self.fps}"
+            )
+        if bool(self.width) != bool(self.height):
+            raise ConfigError("source.width and source.height belong together; give both, or neither")
+        if not 1 <= self.queue <= MAX_QUEUE:
+            raise ConfigError(f"source.queue must be 1..{MAX_QUEUE}, got {self.queue}")
         if self.poll_s <= 0 or self.max_fps < 0:
             raise ConfigError(
                 f"source.poll_s must be above 0 and max_fps 0 or more, got {self.poll_s} and {self.max_fps}"
             )
+
+    def _require_device(self) -> None:
+        is_number = self.device.isascii() and self.device.isdecimal()
+        is_path = self.device.startswith("/dev/") and self.device.isprintable() and ".." not in self.device
+        if self.kind == "camera" and not (is_path or (sys.platform == "darwin" and is_number)):
+            raise ConfigError(f"source.device must be the camera's file, like /dev/video0, got {self.device!r}")
+        if self.kind == "picamera" and self.device and not is_number:
+            raise ConfigError(f"source.device must be the CSI camera's number, like '0', got {self.device!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +293,8 @@ class AgentConfig:
         unknown = [verb for verb in self.refused_commands if verb not in VERBS]
         if unknown:
             raise ConfigError(f"refused_commands: {unknown[0]!r} is no command; commands are {', '.join(VERBS)}")
+        if self.source.kind == "mqtt" and self.broker is None:
+            raise ConfigError("source.kind 'mqtt' needs [broker]: frames come from there")
 
     @property
     def id(self) -> DeviceId:

@@ -18,6 +18,7 @@ from device.doctor_checks import (
     check_spool,
     check_temperature,
 )
+from device.doctor_sources import check_source
 from device.lock import lock_owner
 from device.mqtt import probe
 from device.selftest import run_in_child
@@ -50,7 +51,7 @@ def examine(root: Path) -> Iterator[Finding]:
     yield _model(root, config, board)
     yield check_delegate(board)
     yield check_temperature(board)
-    yield _frames(root, config)
+    yield check_source(root, config.source, is_running=_is_running(root))
     yield check_secrets(root, config)
     yield check_owner(root)
     yield check_spool(root, config)
@@ -109,6 +110,11 @@ def _trusted_root(root: Path) -> Finding:
     )
 
 
+def _is_running(root: Path) -> bool:
+    owner = lock_owner(root)
+    return owner is not None and owner.purpose == "run"
+
+
 def _lock(root: Path) -> Finding:
     owner = lock_owner(root)
     text = "no agent is running ('fieldvit-device run' starts it)"
@@ -135,13 +141,6 @@ def _model(root: Path, config: AgentConfig, board: Board) -> Finding:
             advice="fieldvit-device rollback, or update to a newer model",
         )
     return Finding(check="model", ok=True, text=f"{name}: self-test passed, p50 {test.latency_p50_ms:.1f} ms")
-
-
-def _frames(root: Path, config: AgentConfig) -> Finding:
-    path = root / config.source.path
-    return Finding(
-        check="frames", ok=path.is_dir(), text=str(path), advice=f"mkdir -p {path}, or set source.path in agent.toml"
-    )
 
 
 def _broker(root: Path, config: AgentConfig) -> Finding:

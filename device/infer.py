@@ -9,10 +9,11 @@ import numpy as np
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
 from device.contract.errors import ArtifactError, FrameError
-from device.frames import list_frames, read_frame
+from device.frames import read_frame
 from device.modules import forbidden_modules
 from device.serving import Model
 from device.slots import Slots
+from device.sources.directory import list_frames
 
 
 def infer_files(

@@ -85,6 +85,9 @@ def render(status: Mapping[str, Any]) -> str:
     add("learned_version", "gauge", "Lessons committed on this board.", {"": status.get("learned_version")})
     add("frames_total", "counter", "Frames classified since the start.", {"": status.get("frames")})
     add("errors_total", "counter", "Frames and steps that failed since the start.", {"": status.get("errors")})
+    bad = {_labels(reason=reason): count for reason, count in (status.get("bad_frames") or {}).items()}
+    add("bad_frames_total", "counter", "Frames that could not be used, and failures of their source.", bad)
+    add("frames_dropped_total", "counter", "Frames that gave way to newer ones.", {"": status.get("frames_dropped")})
     add("spool_messages", "gauge", "Messages that wait for the broker.", {"": status.get("spool_depth")})
     add("spool_dropped_total", "counter", "Messages dropped, ever.", {"": status.get("spool_dropped")})
     add("connected", "gauge", "Whether the broker is connected.", {"": int(bool(status.get("connected")))})

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -75,6 +76,12 @@ class Companion:
     on_message: Callable[[bytes], None]
 
 
+class OnFrame(Protocol):
+    """What takes a frame's payload; it must return quickly."""
+
+    def __call__(self, payload: bytes, *, is_retained: bool) -> None: ...
+
+
 class Connection:
     """Keeps one device connected.
 
@@ -87,6 +94,7 @@ class Connection:
         offline: the retained offline state: last will, and goodbye.
         on_command: gets each command's payload in this thread; it must return quickly, and durably.
         companion: another system that is told of this device.
+        on_frame: gets each frame's payload in this thread, and whether it was retained; None: frames are not asked for.
     """
 
     def __init__(
@@ -100,10 +108,11 @@ class Connection:
         offline: bytes,
         on_command: Callable[[bytes], None],
         companion: Companion | None = None,
+        on_frame: OnFrame | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._config, self._base, self._device, self._spool = config, base, device, spool
-        self._birth, self._offline, self._on_command = birth, offline, on_command
+        self._birth, self._offline, self._on_command, self._on_frame = birth, offline, on_command, on_frame
         self._rng = rng or random.Random()  # spreads a fleet's reconnects; nothing secret
         self._companion, self._companion_due = companion, threading.Event()
         self._companion_client: paho.Client | None = None
@@ -123,6 +132,7 @@ class Connection:
         self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
         self.results_dropped = 0
         self.is_connected = False
+        self._frame_mid: int | None = None
         self._trouble = ""
         self._refusal = ""
         create_client(config, base, "", protocol=_MQTT_5)  # a missing file is a mistake to report at the start
@@ -284,6 +294,10 @@ class Connection:
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
         self._spool.resend()
         client.subscribe(self._device.topic("command"), qos=1)
+        if self._on_frame:
+            _, self._frame_mid = client.subscribe(self._device.topic("frame"), qos=0)  # nothing is kept for later
+        else:  # it may have asked for them before
+            client.unsubscribe(self._device.topic("frame"))
         self._announce.set()
         self.is_connected = True
         self._trouble = ""
@@ -296,11 +310,12 @@ class Connection:
             self._refusal = self._refusal or f"the broker closed the connection ({reason})"
 
     def _on_subscribe(
-        self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _properties: object
+        self, _client: paho.Client, _data: object, mid: int, reasons: list[ReasonCode], _properties: object
     ) -> None:
         for reason in reasons:
             if reason.is_failure:  # what this board has to say goes on
-                log.error("mqtt: the broker lets no command through (%s); check its access rules", reason)
+                what = "frame" if mid == self._frame_mid else "command"
+                log.error("mqtt: the broker lets no %s through (%s); check its access rules", what, reason)
 
     def tell_companion(self) -> None:
         """Have the companion's messages made and sent again, soon."""
@@ -319,6 +334,8 @@ class Connection:
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         if message.topic == self._device.topic("command"):  # amqtt also delivers retained messages nobody asked for
             self._on_command(bytes(message.payload))
+        elif self._on_frame and message.topic == self._device.topic("frame"):
+            self._on_frame(bytes(message.payload), is_retained=message.retain)
         elif self._companion and message.topic == self._companion.topic and not message.retain:
             self._companion.on_message(bytes(message.payload))
 

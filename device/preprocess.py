@@ -1,6 +1,14 @@
 """Frames to model input, in NumPy: the host trains, calibrates and measures with the very code that the board runs.
 
 Bilinear resizing uses half-pixel centres without antialiasing, as TFLite's RESIZE_BILINEAR with `half_pixel_centers`.
+
+Every number is made by one multiplication, division, addition or subtraction of float32 at a time, which IEEE 754 rounds
+in one way only: no sum whose order or fused products a processor, a batch or a version of NumPy could choose. So the
+host's batch and the board's single frame agree bit for bit, also from x86 to ARM.
+
+Frames of the model's own size are scaled and normalized by one look-up. A table to int8 would save the artifact its first
+operation, QUANTIZE, and that is all: 0.013 ms for 224x224x3, where EfficientFormer-L1 takes 107 ms (x86-64, one thread);
+so the input of every artifact stays float32, which any other client can fill without knowing scales.
 """
 
 from functools import lru_cache
@@ -10,13 +18,17 @@ import numpy as np
 from device.contract.errors import FrameError
 from device.contract.manifest import InputSpec
 
+BLOCK_BYTES = 96 << 10
+"""Below what an allocator asks the system for: there, each new array would cost page faults, more than its arithmetic."""
 
-def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
+
+def preprocess(frames: np.ndarray, spec: InputSpec, *, out: np.ndarray | None = None) -> np.ndarray:
     """Resize, scale to 0..1 and normalize frames.
 
     Args:
         frames: uint8 [N, h, w, C], any h and w; C as the model's.
         spec: the model's input, from the manifest.
+        out: float32 [N, H, W, C] in C order to write to, where no new memory should be touched for each frame.
 
     Returns:
         float32 [N, H, W, C].
@@ -27,32 +39,85 @@ def preprocess(frames: np.ndarray, spec: InputSpec) -> np.ndarray:
     if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[3] != spec.channels or 0 in frames.shape:
         raise FrameError(
             f"frames must be uint8 [N, h, w, {spec.channels}], got {frames.dtype} {list(frames.shape)}; "
-            "decode them to 8 bits and the model's number of channels"
+            "decode them to 8 bits and the model's number of channels",
+            reason="shape",
         )
-    resized = resize_bilinear(frames.astype(np.float32), spec.height, spec.width)
-    mean = np.asarray(spec.mean, np.float32)
-    std = np.asarray(spec.std, np.float32)
-    return np.asarray((resized / np.float32(255) - mean) / std)
+    shape = (len(frames), spec.height, spec.width, spec.channels)
+    values = np.empty(shape, np.float32) if out is None else out
+    if frames.shape == shape:
+        _look_up(frames, _normalized_levels(spec), values)
+    else:
+        _resize(frames, values)
+        _normalize(values, spec)
+    return values
+
+
+def _normalize(values: np.ndarray, spec: InputSpec) -> None:
+    values /= np.float32(255)
+    values -= np.asarray(spec.mean, np.float32)
+    values /= np.asarray(spec.std, np.float32)
+
+
+@lru_cache(maxsize=8)
+def _normalized_levels(spec: InputSpec) -> np.ndarray:
+    """What each of the 256 levels of each channel becomes, [C, 256]."""
+    levels = np.repeat(np.arange(256, dtype=np.float32)[:, None], spec.channels, axis=1)
+    _normalize(levels, spec)
+    return np.ascontiguousarray(levels.T)
+
+
+def _look_up(frames: np.ndarray, levels: np.ndarray, values: np.ndarray) -> None:
+    count, height, width, _ = frames.shape
+    at_once = max(1, BLOCK_BYTES // (8 * count * width))  # NumPy makes indices of 8 bytes of them
+    for start in range(0, height, at_once):
+        block = slice(start, start + at_once)
+        for channel, table in enumerate(levels):
+            np.take(table, frames[:, block, :, channel], out=values[:, block, :, channel], mode="clip")
 
 
 def resize_bilinear(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize float32 [N, h, w, C] to [N, height, width, C]; images of that size stay as they are."""
-    if images.shape[1:3] == (height, width):
-        return images
-    rows = _interpolation_matrix(images.shape[1], height)  # [H, h]
-    columns = _interpolation_matrix(images.shape[2], width)  # [W, w]
-    tall = np.einsum("Hh,nhwc->nHwc", rows, images)
-    return np.asarray(np.einsum("Ww,nHwc->nHWc", columns, tall))
+    """Resize uint8 or float32 [N, h, w, C] to float32 [N, height, width, C], a copy also where the size is right."""
+    count, source_height, source_width, channels = images.shape
+    if (source_height, source_width) == (height, width):
+        return images.astype(np.float32)
+    values = np.empty((count, height, width, channels), np.float32)
+    _resize(images, values)
+    return values
+
+
+def _resize(images: np.ndarray, values: np.ndarray) -> None:
+    """Into `values`, a few rows at a time: what is needed in between stays in the cache, and in memory that is at hand."""
+    count, source_height, source_width, channels = images.shape
+    height, width = values.shape[1:3]
+    sources = images.reshape(count, source_height, source_width * channels)
+    targets = values.reshape(count, height, width * channels)
+    rows, columns = _neighbours(source_height, height, 1), _neighbours(source_width, width, channels)
+    at_once = max(1, BLOCK_BYTES // (4 * count * source_width * channels))
+    for start in range(0, height, at_once):
+        block = slice(start, start + at_once)
+        low, high, fraction = (part[block] for part in rows)
+        tall = _between(sources.take(low, 1), sources.take(high, 1), fraction[:, None])
+        low, high, fraction = columns
+        targets[:, block] = _between(tall.take(low, 2), tall.take(high, 2), fraction)
+
+
+def _between(low: np.ndarray, high: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Two products and a sum, each rounded to float32."""
+    between: np.ndarray = np.multiply(low, 1 - fraction, dtype=np.float32)
+    between += np.multiply(high, fraction, dtype=np.float32)
+    return between
 
 
 @lru_cache(maxsize=32)
-def _interpolation_matrix(source: int, target: int) -> np.ndarray:
+def _neighbours(source: int, target: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target position the source positions below and above, and how near it is to the upper one.
+
+    All [target * channels]: a position's channels lie side by side, each with the same channel of its neighbours.
+    """
     position = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
     low = np.floor(position).astype(np.int64)
     high = np.minimum(low + 1, source - 1)
     fraction = (position - low).astype(np.float32)
-    matrix = np.zeros((target, source), np.float32)
-    np.add.at(matrix, (np.arange(target), low), 1 - fraction)
-    np.add.at(matrix, (np.arange(target), high), fraction)
-    matrix.setflags(write=False)
-    return matrix
+    offsets = np.arange(channels)
+    low, high = ((index[:, None] * channels + offsets).ravel() for index in (low, high))
+    return low, high, np.repeat(fraction, channels)

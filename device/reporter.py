@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -38,9 +38,19 @@ class Reporter:
             kind = event_kind(entry)
             self._spool.put_journaled(entry.number, self._event_of(entry, kind) if kind else None)
 
-    def telemetry(self, model: Model | None, *, errors: int) -> dict[str, float]:
-        """Close the model's window and report it; returns the values."""
+    def telemetry(self, model: Model | None, *, errors: int, lost: Mapping[str, int]) -> dict[str, float]:
+        """Close the model's window and report it.
+
+        Args:
+            model: whose window.
+            errors: how many there were since the last one.
+            lost: which of them were bad frames of what reason, and how many frames were dropped (`Tally.window`).
+
+        Returns:
+            The values.
+        """
         values = model.window.close() if model else {"frames": 0.0}
+        values |= {name: float(count) for name, count in lost.items()}
         values |= {"errors": float(errors), "memory": float(memory_bytes())}
         values |= {"spool/depth": float(self._spool.depth), "spool/dropped": float(self._spool.dropped)}
         temperature = soc_temp_celsius()

@@ -55,6 +55,7 @@ class Model:
     classifier: Classifier
     ring: FeatureRing
     window: Window
+    input: np.ndarray  # float32 [1, H, W, C]: the memory that each frame is pre-processed in
 
     @classmethod
     def load(cls, slots: Slots, slot: str, precision: str, runtime: Runtime) -> Self:
@@ -71,7 +72,7 @@ class Model:
             kind = ArtifactError if error.errno == errno.EIO else EngineError
             raise kind(f"{directory}: cannot be read ({error}); install the bundle again") from error
         artifact = manifest.artifact(precision)
-        base = read_base_head(directory, manifest, artifact)
+        base, spec = read_base_head(directory, manifest, artifact), manifest.input
         store = LearnedStore(slots.root / "state", artifact.backbone, manifest.files[HEAD_NAME].sha256)
         return cls(
             slot=slot,
@@ -82,16 +83,17 @@ class Model:
             classifier=Classifier(base, manifest, store),
             ring=FeatureRing(runtime.feature_ring, manifest.learning.feature_dim),
             window=Window(base.feature_mean, base.feature_std),
+            input=np.empty((1, spec.height, spec.width, spec.channels), np.float32),
         )
 
     def infer(self, pixels: np.ndarray) -> tuple[np.ndarray, Answer]:
-        """Features [D] and answer of one frame, uint8 [h, w, C].
+        """Features [D] and answer of one frame, uint8 [h, w, C]; called by one thread only.
 
         Raises:
             FrameError: the frame has the wrong number of channels.
             EngineError: LiteRT failed, or the features are not finite.
         """
-        features = self.engine.features(preprocess(pixels[None], self.manifest.input))
+        features = self.engine.features(preprocess(pixels[None], self.manifest.input, out=self.input))
         if not np.isfinite(features).all():
             raise EngineError(f"{self.artifact.path}: features are not finite")
         return features, self.classifier.classify(features)

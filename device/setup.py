@@ -1,8 +1,8 @@
 """Set a board up: who it is, its certificate, the service that runs the agent. May be repeated; nothing is left half-written.
 
 Written, each whole or not at all, in this order: `ROOT/identity/` (with a token: key, certificate, authority), `ROOT/agent.toml`,
-`ROOT/frames/`, and the unit. What is there and says the same is left alone. An `agent.toml` that says something else about
-site, device, board, channel or broker is never overwritten: a board is not turned into another one by an option.
+`ROOT/frames/` (without a camera), and the unit. What is there and says the same is left alone. An `agent.toml` that says something else about
+site, device, board, channel, broker or camera is never overwritten: a board is not turned into another one by an option.
 """
 
 import json
@@ -33,7 +33,10 @@ Enrol = Callable[[Path, DeviceId, str], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What was asked for. `broker` is `mqtt://HOST[:PORT]` or `mqtts://…`; a token brings its own."""
+    """What was asked for. `broker` is `mqtt://HOST[:PORT]` or `mqtts://…`; a token brings its own.
+
+    `camera` is a V4L2 device's file, or `csi`, or `csi:NUMBER`; "" where frames come as files.
+    """
 
     site: str
     device: str
@@ -70,22 +73,24 @@ def set_up(root: Path, wishes: Wishes, *, enrol: Enrol | None, is_dry_run: bool 
     """
     identity, board = _identity(wishes), load_board(wishes.board)
     broker = _broker_table(wishes.broker) if wishes.broker else {}
+    source = _source_table(wishes.camera)
     path = root / CONFIG_NAME
     present = load_config(root) if path.exists() else None
     if present:
-        _require_same(path, present, identity, broker)
+        _require_same(path, present, identity, broker, source)
     else:
-        _config(identity, broker)  # says what is wrong before anything is done
+        _config(identity, broker, source)  # says what is wrong before anything is done
     user, steps = _user(root, wishes), []
     try:
         if not is_dry_run:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if wishes.token:
             steps.append(_enrolled(root, wishes, broker, enrol, is_dry_run=is_dry_run))
-        config = present or _config(identity, broker)
-        steps.append(_write_config(path, present, identity, broker, is_dry_run=is_dry_run))
-        steps.append(_make_frames(root / config.source.path, is_dry_run=is_dry_run))
-        service = Service(root=root, python=_python(), user=user, camera=wishes.camera)
+        config = present or _config(identity, broker, source)
+        steps.append(_write_config(path, present, identity, broker, source, is_dry_run=is_dry_run))
+        if config.source.kind == "directory":
+            steps.append(_make_frames(root / config.source.path, is_dry_run=is_dry_run))
+        service = Service(root=root, python=_python(), user=user)
         text = unit_text(service, config, board)
         steps.append(_write_unit(root, wishes.unit_directory, text, is_dry_run=is_dry_run))
         if not is_dry_run:
@@ -119,17 +124,30 @@ def _broker_table(url: str) -> dict[str, Any]:
     return table | ({"ca_file": "ca.pem"} if parts.scheme == "mqtts" else {})
 
 
-def _config(identity: dict[str, str], broker: dict[str, Any]) -> AgentConfig:
+def _source_table(camera: str) -> dict[str, str]:
+    if not camera:
+        return {}
+    if camera.partition(":")[0] == "csi":
+        return {"kind": "picamera", "device": camera.removeprefix("csi").removeprefix(":") or "0"}
+    return {"kind": "camera", "device": camera}
+
+
+def _config(identity: dict[str, str], broker: dict[str, Any], source: dict[str, str]) -> AgentConfig:
     table: dict[str, Any] = dict(identity) | ({"broker": broker} if broker else {})
+    table |= {"source": source} if source else {}
     return from_table(AgentConfig, table, where=CONFIG_NAME)
 
 
-def _require_same(path: Path, present: AgentConfig, identity: dict[str, str], broker: dict[str, Any]) -> None:
+def _require_same(
+    path: Path, present: AgentConfig, identity: dict[str, str], broker: dict[str, Any], source: dict[str, str]
+) -> None:
     asked: dict[str, Any] = dict(identity)
     found: dict[str, Any] = {name: getattr(present, name) for name in identity}
     if broker:
         asked["broker"] = f"{broker['hostname']}:{broker['port']}"
         found["broker"] = f"{present.broker.hostname}:{present.broker.port}" if present.broker else "none"
+    for name, value in source.items():
+        asked[f"source.{name}"], found[f"source.{name}"] = value, getattr(present.source, name)
     for name, value in asked.items():
         if found[name] != value:
             raise ConfigError(
@@ -153,7 +171,13 @@ def _enrolled(root: Path, wishes: Wishes, broker: dict[str, Any], enrol: Enrol |
 
 
 def _write_config(
-    path: Path, present: AgentConfig | None, identity: dict[str, str], broker: dict[str, Any], *, is_dry_run: bool
+    path: Path,
+    present: AgentConfig | None,
+    identity: dict[str, str],
+    broker: dict[str, Any],
+    source: dict[str, str],
+    *,
+    is_dry_run: bool,
 ) -> Step:
     if present:
         lacks = broker and (
@@ -163,18 +187,19 @@ def _write_config(
         return Step(what=str(path), done="unchanged", todo=todo)
     if is_dry_run:
         return Step(what=str(path), done="would write")
-    text = config_text(identity, broker)
+    text = config_text(identity, broker, source)
     from_table(AgentConfig, tomllib.loads(text), where=CONFIG_NAME)  # what is written is what the agent will take
     write_atomic(path, text.encode())
     return Step(what=str(path), done="written")
 
 
-def config_text(identity: dict[str, str], broker: dict[str, Any]) -> str:
+def config_text(identity: dict[str, str], broker: dict[str, Any], source: dict[str, str]) -> str:
     """`agent.toml`, with its command on top."""
     lines = ["# Used by: fieldvit-device run --root THIS_DIRECTORY", ""]
     lines += [f"{key} = {json.dumps(value)}" for key, value in identity.items()]
-    if broker:
-        lines += ["", "[broker]", *(f"{key} = {json.dumps(value)}" for key, value in broker.items())]
+    for name, table in (("broker", broker), ("source", source)):
+        if table:
+            lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 

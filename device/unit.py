@@ -3,7 +3,8 @@
 Checked with `systemd-analyze verify` and `security --offline=true` by the tests. What is allowed, and why:
 
 - network: IPv4, IPv6 and Unix sockets; without a broker and with updates from a directory, loopback only
-- devices: none, unless frames come from a camera
+- devices: none, unless frames come from a camera. Then all of its class, and the group `video`: one that was unplugged
+  comes back under another number. A CSI camera also needs the media controllers and the heaps that its frames lie in.
 - writing: the data directory; everything else is read-only or not there
 - memory: two models, because during a probation the one before stays, and the agent; at most three quarters of the board's
 - processors: the interpreter's threads and one more, for the rest
@@ -24,6 +25,8 @@ STATE = Path("/var/lib")
 WATCHDOG_S = 60
 AGENT_MB = 128
 """Python, LiteRT, the spool's cache and the messages under way, above two models."""
+DEVICE_CLASSES = {"camera": ("video4linux",), "picamera": ("video4linux", "media", "dma_heap")}
+"""As `/proc/devices` names them, by `source.kind`."""
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 
 
@@ -34,7 +37,6 @@ class Service:
     root: Path
     python: Path
     user: str = ""
-    camera: str = ""  # a device file such as /dev/video0; "" where frames come from elsewhere
 
 
 def unit_text(service: Service, config: AgentConfig, board: Board) -> str:
@@ -96,7 +98,8 @@ def _limits(config: AgentConfig, board: Board) -> Iterator[tuple[str, object]]:
 
 
 def _hardening(service: Service, config: AgentConfig) -> Iterator[tuple[str, object]]:
-    uses_home = any(_is_below(path, HOMES) for path in (service.root, service.python, _source_path(config)))
+    frames = service.root / config.source.path
+    uses_home = any(_is_below(path, HOMES) for path in (service.root, service.python, frames, _source_path(config)))
     yield "NoNewPrivileges", "yes"
     yield "CapabilityBoundingSet", ""
     yield "AmbientCapabilities", ""
@@ -117,18 +120,19 @@ def _hardening(service: Service, config: AgentConfig) -> Iterator[tuple[str, obj
     yield "SystemCallFilter", "@system-service"
     yield "SystemCallFilter", "~@privileged @resources"
     yield "SystemCallErrorNumber", "EPERM"
-    yield from _devices(service)
+    yield from _devices(config.source.kind)
 
 
-def _devices(service: Service) -> Iterator[tuple[str, object]]:
-    if not service.camera:
+def _devices(source_kind: str) -> Iterator[tuple[str, object]]:
+    classes = DEVICE_CLASSES.get(source_kind, ())
+    if not classes:
         yield "PrivateDevices", "yes"
         yield "PrivateUsers", "yes"
-        yield "DevicePolicy", "closed"
-        return
     yield "DevicePolicy", "closed"
-    yield "DeviceAllow", f"{service.camera} rw"
-    yield "SupplementaryGroups", "video"
+    for name in classes:
+        yield "DeviceAllow", f"char-{name} rw"
+    if classes:
+        yield "SupplementaryGroups", "video"
 
 
 def _install() -> Iterator[tuple[str, object]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from device.commands import Handler, LearnArguments, NoArguments, UndoArguments, UpdateArguments, one_line
+from device.commands import Handler, LearnArguments, NoArguments, UndoArguments, UpdateArguments
 from device.config import resolve_source
-from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError
+from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError, one_line
 from device.contract.records import to_table
 from device.modules import forbidden_modules, third_party_modules
 from device.reporter import Reporter

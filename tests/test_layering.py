@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("device", "converters", "host")
-LIBRARY = ("device.contract", "device.preprocess", "device.learning", "device.engine")
+LIBRARY = ("device.contract", "device.preprocess", "device.pictures", "device.learning", "device.engine")
 SHARED = ("host.errors", "host.files")  # errors and small file helpers: standard library only
 TRAINING = ("torch", "torchvision", "timm", "tensorflow", "jax", "lightning", "transformers")
 CONVERTING = ("litert_torch", "ai_edge_quantizer", "coremltools", "onnx", "tensorflow", "jax")
@@ -32,6 +32,7 @@ class Rule:
 RULES = [
     Rule("device.contract", ("device.contract",), (), TRAINING),
     Rule("device.preprocess", ("device.contract",), ("numpy",), TRAINING),
+    Rule("device.pictures", ("device.contract",), ("numpy",), TRAINING),
     Rule("device.learning", ("device.contract", "device.learning"), ("numpy",), TRAINING),
     Rule("device.engine", ("device.contract",), ("numpy", "ai_edge_litert"), TRAINING),
     Rule("device.mqtt", ("device",), ("numpy", "paho"), TRAINING),
@@ -101,9 +102,9 @@ def test_the_rules_catch_what_they_name(tmp_path):
     found = violations("converters.example", list(parse(source)))
     assert [line.split(": ")[1] for line in found] == [
         "imports device.slots; converters may import converters, host.models, host.quantize.spec, device.contract, "
-        "device.preprocess, device.learning, device.engine",
+        "device.preprocess, device.pictures, device.learning, device.engine",
         "imports host.training.fit; converters may import converters, host.models, host.quantize.spec, "
-        "device.contract, device.preprocess, device.learning, device.engine",
+        "device.contract, device.preprocess, device.pictures, device.learning, device.engine",
     ]
     assert "inside the function" in violations("converters.example", list(parse("import coremltools")))[0]
     assert "never" in violations("device.agent", list(parse("def f():\n    import torch")))[0]

@@ -19,6 +19,14 @@ DeviceError                 1
 +-- EnrolmentError          24  (RuntimeError)  this board's certificate could not be got, renewed or read
 """
 
+BAD_FRAME_REASONS = ("unreadable", "too-large", "shape", "source")
+"""Damaged or of an unknown kind; over a limit; not what the model takes; not even a source to read it from."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's text as one line that any encoder takes."""
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+
 
 class DeviceError(Exception):
     """Base of every error that `device` raises on purpose."""
@@ -101,9 +109,13 @@ class BrokerError(DeviceError, ConnectionError):
 
 
 class FrameError(DeviceError, ValueError):
-    """A frame cannot be read or has the wrong shape."""
+    """A frame cannot be read or has the wrong shape; `reason` is one of `BAD_FRAME_REASONS`, by which it is counted."""
 
     exit_code = 9
+
+    def __init__(self, message: str, *, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class AgentBusyError(DeviceError, RuntimeError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from device.contract.errors import MessageError
+from device.contract.errors import BAD_FRAME_REASONS, MessageError
 from device.contract.records import from_table, to_table
 from device.contract.senml import RELATIVE_BELOW, Record, resolve
 from device.contract.topics import DeviceId
@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 20
+MAX_FRAME_PAYLOAD_BYTES = MAX_PAYLOAD_BYTES
+"""Of one picture on a board's topic `frame`: a JPEG of several megapixels, or 640x480 raw RGB."""
 EVENT_PREFIX = "io.fieldvit."
 EVENT_KINDS = (
     "downloaded",
@@ -48,6 +50,8 @@ UNITS = {
     "throughput": "Hz",
     "frames": "count",
     "errors": "count",
+    **{f"errors/{reason}": "count" for reason in BAD_FRAME_REASONS},
+    "frames/dropped": "count",
     "confidence": "/",
     "drift": "/",
     "memory": "B",

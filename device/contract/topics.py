@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from device.contract.errors import MessageError
 
 ROOT = "fieldvit/v1"
-KINDS = ("state", "telemetry", "event", "result", "command", "reply")
+KINDS = ("state", "telemetry", "event", "result", "command", "reply", "frame")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

@@ -1,8 +1,4 @@
-"""Pictures as people have them, decoded to what a model sees: upright RGB of 8 bits.
-
-Turned as EXIF says; grey, palette and CMYK become RGB; transparent parts show white, as in a browser; 16 bits are
-scaled, where Pillow's own conversion would clip.
-"""
+"""Pictures as people have them, decoded to what a model sees, with the board's own code (`device.pictures`)."""
 
 import io
 import os
@@ -12,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from device.pictures import upright_rgb
 from host.data.spec import listed
 from host.data.splits import Images, LabeledImages
 from host.errors import DataError
@@ -46,7 +43,7 @@ def decode(file: BinaryIO | io.BytesIO) -> np.ndarray:
         one of NOT_DECODABLE: it cannot be decoded to its end.
     """
     with Image.open(file) as picture:
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+        return np.asarray(upright_rgb(picture))
 
 
 def check_pictures(
@@ -89,16 +86,6 @@ def _unreadable(pictures: Pictures, start: int) -> Iterator[int]:
         try:
             with Image.open(io.BytesIO(pictures.encoded(index))) as picture:
                 picture.draft("RGB", (1, 1))
-                _to_rgb(ImageOps.exif_transpose(picture))
+                upright_rgb(picture)
         except NOT_DECODABLE:
             yield index
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # PNGs of 16 bits; older versions of Pillow say "I" instead of "I;16"
-        grey = np.asarray(picture).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")

@@ -16,6 +16,8 @@ MONITOR, OPERATOR, HOME_ASSISTANT = "@monitor", "@operator", "@home-assistant"
 DISCOVERY = "homeassistant"
 """Where Home Assistant looks for boards; `home_assistant.prefix` of an agent must be the same."""
 DEVICE_WRITES = ("state", "telemetry", "event", "result", "reply")
+DEVICE_READS = ("command", "frame")
+"""The operator alone writes them, and each device alone reads its own: not even the monitor sees a frame."""
 PID_FILE = "mosquitto.pid"
 FILES = {"cafile": "ca.pem", "certfile": "broker.pem", "keyfile": "broker.key", "crlfile": "crl.pem", "acl_file": "acl"}
 
@@ -54,12 +56,13 @@ def access_rules(site: str, *, shut_out: Iterable[str] = ()) -> str:
     for name in sorted(shut_out):
         lines += [f"user {name}", "topic deny #", ""]
     lines += [f"user {MONITOR}", *(f"topic read {prefix}/+/{kind}" for kind in DEVICE_WRITES), ""]
-    lines += [f"user {OPERATOR}", f"topic write {prefix}/+/command", f"topic read {prefix}/+/reply"]
+    lines += [f"user {OPERATOR}", *(f"topic write {prefix}/+/{kind}" for kind in DEVICE_READS)]
+    lines += [f"topic read {prefix}/+/reply"]
     lines += [f"topic read {prefix}/+/state", "", f"user {HOME_ASSISTANT}", f"topic read {DISCOVERY}/#"]
     lines += [f"topic read {prefix}/+/{kind}" for kind in ("state", "telemetry")]
     lines += [f"topic write {DISCOVERY}/update/+/install", "", "# every device, by the name in its certificate"]
     lines += [f"pattern write {prefix}/%u/{kind}" for kind in DEVICE_WRITES]
-    lines += [f"pattern read {prefix}/%u/command"]
+    lines += [f"pattern read {prefix}/%u/{kind}" for kind in DEVICE_READS]
     node = f"fieldvit_{len(site)}_{site}_%u"  # as `device.home_assistant.node_id` has it
     lines += [f"pattern write {DISCOVERY}/+/{node}/+/config", f"pattern write {DISCOVERY}/update/{node}/state"]
     lines += [f"pattern read {DISCOVERY}/update/{node}/install"]

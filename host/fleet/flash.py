@@ -141,7 +141,9 @@ def _require_same_settings(path: Path, settings: BoardSettings) -> None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FleetError(f"{path}: not TOML ({error}); mend it, or flash an empty directory") from error
     asked: dict[str, Any] = {**_identity(settings), "frames": settings.frames}
-    found = {**present, "frames": present.get("source", {}).get("path", settings.frames)}
+    source = present.get("source", {})
+    has_directory = source.get("kind", "directory") == "directory"  # a video's path, for one, is no business of this
+    found = {**present, "frames": source.get("path", settings.frames) if has_directory else settings.frames}
     if settings.broker:
         asked["broker"] = f"{settings.broker.hostname}:{settings.broker.port}"
         broker = present.get("broker")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from device.contract.errors import FrameError
-from device.frames import SETTLE_S, DirectorySource, frame_id_of, list_frames, read_frame
+from device.frames import read_frame
+from device.sources.directory import SETTLE_S, DirectorySource, frame_id_of, list_frames
 
 PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6)
 
@@ -72,7 +73,7 @@ def test_a_half_written_file_waits_and_is_read_when_whole(tmp_path: Path):
         clock.now += 0.9 * SETTLE_S
     path.write_bytes(content)
     assert ids(source) == ["a"]
-    assert source.errors == 0
+    assert source.tally.bad == {}
 
 
 def test_a_damaged_file_is_reported_once_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -86,7 +87,7 @@ def test_a_damaged_file_is_reported_once_and_stops_nothing(tmp_path: Path, caplo
             clock.now += SETTLE_S
             seen += ids(source)
     assert seen == ["b"]
-    assert source.errors == 1
+    assert source.tally.bad == {"unreadable": 1}
     assert len(caplog.records) == 1
 
 
@@ -176,7 +177,7 @@ def test_no_error_of_a_decoder_ends_the_source(tmp_path: Path, monkeypatch: pyte
     assert ids(source) == ["b"]
     clock.now += SETTLE_S
     assert ids(source) == []
-    assert source.errors == 1
+    assert source.tally.bad == {"unreadable": 1}
 
 
 def test_an_image_too_large_for_the_board_is_refused_before_it_is_unpacked(

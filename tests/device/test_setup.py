@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.config import AgentConfig, load_config
+from device.config import AgentConfig, SourceConfig, load_config
 from device.contract.board import board_names, load_board
 from device.contract.errors import BrokerError, ConfigError
 from device.contract.topics import DeviceId
@@ -23,6 +23,7 @@ from tests.support.agent import run_cli
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 CONFIG = AgentConfig(site="lab", device="cam-1", board="generic-x86-64")
+CAMERA = SourceConfig(kind="camera", device="/dev/video0")
 BROKER = {"hostname": "hub", "port": 8883, "ca_file": "identity/ca.pem"}
 MAX_EXPOSURE = 1.5
 """Of 10; systemd calls up to 2 OK. What is left: the network, and `/proc` outside of processes."""
@@ -168,9 +169,10 @@ def test_systemd_accepts_the_unit(tmp_path: Path, board: str):
 
 
 @needs_systemd
-def test_systemd_calls_the_unit_safe(tmp_path: Path):
+@pytest.mark.parametrize("source", [SourceConfig(), CAMERA, SourceConfig(kind="picamera")], ids=lambda s: s.kind)
+def test_systemd_calls_the_unit_safe(tmp_path: Path, source: SourceConfig):
     service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"))
-    text = unit_text(service, replace(CONFIG, broker=None), load_board("generic-x86-64"))
+    text = unit_text(service, replace(CONFIG, source=source), load_board("generic-x86-64"))
     result = analyze(tmp_path, text, "security", "--offline=true", "--no-pager")
     exposure = float(re.search(r"exposure level for \S+: ([\d.]+)", result.stdout)[1])
     print(f"systemd-analyze security: {exposure}")
@@ -188,11 +190,57 @@ def test_any_path_is_one_word(name: str, tmp_path_factory: pytest.TempPathFactor
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_camera_is_the_only_device(tmp_path: Path):
-    service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"), camera="/dev/video0")
-    text = unit_text(service, CONFIG, load_board("raspberry-pi-4"))
-    assert "DeviceAllow=/dev/video0 rw" in text
+@pytest.mark.parametrize(
+    ("camera", "source"),
+    [
+        ("/dev/v4l/by-id/usb-cam", SourceConfig(kind="camera", device="/dev/v4l/by-id/usb-cam")),
+        ("csi", SourceConfig(kind="picamera", device="0")),
+        ("csi:1", SourceConfig(kind="picamera", device="1")),
+    ],
+)
+def test_a_board_is_set_up_with_a_camera_and_stays_so(
+    tmp_path: Path, wishes: Wishes, camera: str, source: SourceConfig
+):
+    root = tmp_path / "root"
+    set_up(root, replace(wishes, camera=camera), enrol=None)
+    assert load_config(root).source == source
+    assert not (root / "frames").exists()
+    unit = (tmp_path / "units" / UNIT_NAME).read_text()
+    assert "DeviceAllow=char-video4linux rw" in unit
+    before = tree(tmp_path)
+    for again in (camera, ""):
+        set_up(root, replace(wishes, camera=again), enrol=None)
+        assert tree(tmp_path) == before
+    with pytest.raises(ConfigError, match=r"says source\.(kind|device)"):
+        set_up(root, replace(wishes, camera="/dev/video9"), enrol=None)
+    assert tree(tmp_path) == before
+
+
+def test_a_camera_that_is_no_device_is_refused_before_anything_is_written(tmp_path: Path, wishes: Wishes):
+    with pytest.raises(ConfigError, match="like /dev/video0, got '/etc/shadow'"):
+        set_up(tmp_path / "root", replace(wishes, camera="/etc/shadow"), enrol=None)
+    assert not (tmp_path / "root").exists()
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    ("source", "classes"),
+    [
+        (CAMERA, {"video4linux"}),
+        (SourceConfig(kind="picamera"), {"video4linux", "media", "dma_heap"}),
+    ],
+)
+def test_a_camera_is_the_only_device(tmp_path: Path, source: SourceConfig, classes: set[str]):
+    service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"))
+    text = unit_text(service, replace(CONFIG, source=source), load_board("raspberry-pi-4"))
+    assert set(re.findall("^DeviceAllow=char-(.*) rw$", text, re.MULTILINE)) == classes
+    assert "SupplementaryGroups=video" in text
     assert "PrivateDevices" not in text
+    result = analyze(tmp_path, text, "verify", "--man=no")
+    assert (result.returncode, result.stderr) == (0, "")
+    without = unit_text(service, CONFIG, load_board("raspberry-pi-4"))
+    assert "DeviceAllow" not in without
+    assert "SupplementaryGroups" not in without
     assert "MemoryMax=640M" in text  # two models of 256 MB, and the agent
     assert "CPUQuota=200%" in text
 

@@ -23,6 +23,7 @@ from tests.support.site import SITE, RunningSite, running_site
 
 SETTLE_S = 0.5  # for what was said to arrive
 DEVICE_WRITES = {"state", "telemetry", "event", "result", "reply"}
+DEVICE_READS = {"command", "frame"}
 SITE_TOPICS = f"fieldvit/v1/{SITE}"
 
 
@@ -65,14 +66,15 @@ def stranger(directory: Path) -> Path:
 
 def allowed_to_write(identity: str) -> set[str]:
     if identity == "operator":
-        return {f"{SITE_TOPICS}/{device}/command" for device in ("own", "other")}
+        return {f"{SITE_TOPICS}/{device}/{kind}" for device in ("own", "other") for kind in DEVICE_READS}
     return {f"{SITE_TOPICS}/{identity}/{kind}" for kind in DEVICE_WRITES} if identity in ("own", "other") else set()
 
 
 def allowed_to_read(identity: str) -> set[str]:
     kinds = {"monitor": DEVICE_WRITES, "operator": {"reply", "state"}}.get(identity, set())
     everyone = {f"{SITE_TOPICS}/{device}/{kind}" for device in ("own", "other") for kind in kinds}
-    return everyone | ({f"{SITE_TOPICS}/{identity}/command"} if identity in ("own", "other") else set())
+    own = {f"{SITE_TOPICS}/{identity}/{kind}" for kind in DEVICE_READS} if identity in ("own", "other") else set()
+    return everyone | own
 
 
 TOPICS = [f"{SITE_TOPICS}/{device}/{kind}" for device in ("own", "other") for kind in KINDS]
@@ -83,7 +85,11 @@ FOREIGN = ["fieldvit/v1/elsewhere/own/telemetry", "other/topic"]
 def test_matrix_of_topics_and_identities(site, identities):
     """Everyone listens to everything, everyone says everything: only what the rules allow arrives."""
     listeners = {
-        name: site.hear(identities[name], "#", extra=("-t", "$SYS/#", "-t", f"{SITE_TOPICS}/+/command"))
+        name: site.hear(
+            identities[name],
+            "#",
+            extra=("-t", "$SYS/#", "-t", f"{SITE_TOPICS}/+/command", "-t", f"{SITE_TOPICS}/+/frame"),
+        )
         for name in ("anonymous", "wrong authority", "revoked", "monitor")
     }
     time.sleep(SETTLE_S)

@@ -38,6 +38,8 @@ def test_second_flash_keeps_the_configuration(published, tmp_path):
     bundle, repository = published
     flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
     edited = (tmp_path / "board" / "agent.toml").read_text() + "\n[runtime]\nthreads = 2\n"
+    edited = edited.replace('path = "frames"', 'kind = "video"\npath = "clip.mp4"')
+    assert "clip.mp4" in edited
     (tmp_path / "board" / "agent.toml").write_text(edited)
     flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
     assert (tmp_path / "board" / "agent.toml").read_text() == edited

@@ -41,13 +41,15 @@ class Field:
     def root(self) -> Path:
         return self.directory / "root"
 
-    def configure(self, *, port: int | None = None, top: str = "", update: str = "", runtime: str = "") -> None:
+    def configure(
+        self, *, port: int | None = None, top: str = "", source: str = "", update: str = "", runtime: str = ""
+    ) -> None:
         """Write `agent.toml`; the texts are lines of TOML."""
         broker = f'[broker]\nhostname = "127.0.0.1"\nport = {port}\nkeepalive_s = 5\n' if port else ""
         defaults = "telemetry_interval_s = 0.5\nsoak_frames = 5\nsoak_s = 0.5\n"
         (self.root / "agent.toml").write_text(
             f'site = "lab"\ndevice = "cam-1"\nboard = "generic-x86-64"\n{top}\n{broker}'
-            f'[source]\npoll_s = 0.05\n[update]\nsource = "dir:{self.directory}/repo"\n{update}\n'
+            f'[source]\npoll_s = 0.05\n{source}\n[update]\nsource = "dir:{self.directory}/repo"\n{update}\n'
             f"[runtime]\n{runtime or defaults}"
         )
 

@@ -1,0 +1,66 @@
+"""What all frame sources have in common: how the agent asks for frames, and how those it does not get are counted."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Protocol
+
+from device.frames import Frame
+
+
+class Tally:
+    """Frames that were not classified: bad ones by reason (`BAD_FRAME_REASONS`), and those dropped for newer ones."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # a source's thread counts, and the frame loop
+        self._bad: Counter[str] = Counter()
+        self._dropped = 0
+        self._told: dict[str, int] = {}
+
+    def count_bad(self, reason: str) -> None:
+        with self._lock:
+            self._bad[reason] += 1
+
+    def count_dropped(self) -> None:
+        with self._lock:
+            self._dropped += 1
+
+    @property
+    def bad(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._bad)
+
+    @property
+    def dropped(self) -> int:
+        return self._dropped
+
+    def window(self) -> dict[str, int]:
+        """What was counted since the last call, under the names of the telemetry contract; nothing that is 0."""
+        with self._lock:
+            counts = {f"errors/{reason}": count for reason, count in self._bad.items()}
+            counts |= {"frames/dropped": self._dropped}
+            new = {name: count - self._told.get(name, 0) for name, count in counts.items()}
+            self._told = counts
+        return {name: count for name, count in new.items() if count}
+
+
+class Source(Protocol):
+    """Where frames come from. Only the frame loop calls it; no method takes longer than it says."""
+
+    tally: Tally
+
+    @property
+    def problem(self) -> str:
+        """Why no frames come though they should; "" while all is well."""
+
+    def start(self) -> None:
+        """Begin; the agent is ready for frames."""
+
+    def poll(self, channels: int) -> Iterator[Frame]:
+        """The frames that are there now, for a model of that many channels."""
+
+    def wait(self, timeout_s: float, stop: threading.Event) -> None:
+        """Return when there may be frames again, when `stop` is set, or after that time."""
+
+    def stop(self) -> None:
+        """End, and give devices back."""
