@@ -118,7 +118,7 @@ class Agent:
         self._reported_source_errors = 0
         self._reported_problem = ""
         self._last_window: dict[str, float] = {}
-        self._frames = self._errors = self._window_errors = 0
+        self._frames = self._errors = self._window_errors = self._delegate_fallbacks = 0
         self._is_drifting = self._is_hot = self._is_renewal_reported = False
         self._max_celsius = board.budget.soc_temp_celsius
         now = time.monotonic()
@@ -183,6 +183,7 @@ class Agent:
             "results_dropped": self._connection.results_dropped if self._connection else 0,
             "connected": self._connection is not None and self._connection.is_connected,
             "problem": self._serving.problem,
+            "delegate_fallbacks": self._delegate_fallbacks,
             "last_check": self._verbs.last_check,
             "window": self._last_window,
             "sampling": to_table(self._sampling.current),
@@ -353,6 +354,10 @@ class Agent:
         remove_stale(self._root / "state", [self._slots.directory(slot) for slot in NAMES])
         if model is None:
             self._check_for_update()
+        if model and model.engine.delegate_problem:
+            self._delegate_fallbacks += 1
+            log.error("the processor runs the model: %s", model.engine.delegate_problem)
+            self._reporter.event("error", reason="delegate", detail=model.engine.delegate_problem)
         for problem in model.classifier.problems if model else []:
             log.error("%s", problem)
             self._reporter.event("unlearned", reason="state", detail=problem)

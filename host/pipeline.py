@@ -29,7 +29,14 @@ _SOURCES = (
     "host/models",
     "host/quantize",
 )
-_SOURCES += ("host/stages", "host/training", "host/files.py", "device/engine.py", "device/preprocess.py")
+_SOURCES += (
+    "host/stages",
+    "host/training",
+    "host/files.py",
+    "device/engine.py",
+    "device/preprocess.py",
+    "device/runtime.py",
+)
 _PACKAGES = (
     "torch",
     "timm",
