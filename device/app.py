@@ -270,6 +270,9 @@ class Agent:
         except EngineError as error:
             self._count_error("engine", one_line(error))
             self._serving.revert(model, "engine", one_line(error))
+            before = self._serving.model
+            if before and before is not model:
+                self._process(before, frame)
             return
         latency_s = time.perf_counter() - started
         self._last_frame = frame if self._config.snapshot else None
