@@ -52,8 +52,8 @@ test: env device-env ## Run the tests that take minutes at most
 test-slow: env device-env ## Run the long tests, too long for every change
 	@$(PYTEST) -m slow $(ARGS) || test $$? -eq 5  # 5: there is none
 
-test-legacy: env legacy-env $(LEGACY_TEST_VENV)/.stamp ## Run the device's tests under tflite-runtime and record the counts
-	@$(BIN)/python -m bench.legacy_runtime $(ARGS)
+test-legacy: env legacy-env $(LEGACY_TEST_VENV)/.stamp ## Run the device's tests under tflite-runtime
+	@$(BIN)/python -m bench.legacy_runtime --no-record $(ARGS)
 
 lint: env ## Check style and types (ruff, mypy)
 	@$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Run the device's test suite under tflite-runtime, as boards have it that no LiteRT wheel fits, and count.
 
-    make test-legacy
+    python -m bench.legacy_runtime      # 'make test-legacy' is the same without writing the table
 
 Two environments: agents and commands are processes of `.venv-legacy`, which holds what a board installs; the tests
 themselves run in `.venv-legacy-test`, which has the same runtime and what tests need besides. The model is converted in
@@ -23,6 +23,7 @@ NAME = "legacy_runtime"
 ROOT = Path(__file__).parents[1]
 BOARD, TESTS = ".venv-legacy", ".venv-legacy-test"
 OUTCOMES = ("passed", "skipped", "failed")
+SUITE = "tests/device"
 LIMIT_S = 3600
 CONVERT = """
 import sys
@@ -35,23 +36,23 @@ save_tiny_model(convert_tiny_model(directory), directory)
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{NAME}", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--tests", default="tests/device", help="which tests; only all of them are recorded")
+    parser.add_argument("--no-record", action="store_true", help="only say the counts, write no table")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
-        report = run(Path(directory), tests=arguments.tests, processes=arguments.processes)
+        report = run(Path(directory), processes=arguments.processes)
     counts = count(report)
     total = sum(counts.values(), Counter())
     for reason, number in sorted(reasons(report).items()):
         print(f"skipped {number}: {reason}")
     print(f"{runtime_of(python_of(BOARD))}: " + ", ".join(f"{total[outcome]} {outcome}" for outcome in OUTCOMES))
-    if arguments.tests == "tests/device":
+    if not arguments.no_record:
         record(report)
     return 1 if total["failed"] or not total["passed"] else 0
 
 
-def run(directory: Path, *, tests: str, processes: int) -> ElementTree.Element:
-    """Run tests under tflite-runtime; returns pytest's JUnit report.
+def run(directory: Path, *, processes: int) -> ElementTree.Element:
+    """Run the suite under tflite-runtime; returns pytest's JUnit report.
 
     Raises:
         BenchError: an environment is missing, the model cannot be converted, or pytest wrote no report.
@@ -67,7 +68,7 @@ def run(directory: Path, *, tests: str, processes: int) -> ElementTree.Element:
         "FIELDVIT_TINY_MODEL": str(directory),
         "PYTHONPATH": str(ROOT),
     }
-    subprocess.run([*command, tests], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False)
+    subprocess.run([*command, SUITE], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False)
     try:
         return ElementTree.parse(path).getroot()
     except OSError as error:
@@ -109,7 +110,7 @@ def record(report: ElementTree.Element, directory: Path = RESULTS) -> Path:
         NAME,
         command=f"python -m bench.{NAME}",
         seed=None,
-        data="tests/device, with the tests' own small model, whose golden outputs are LiteRT's",
+        data=f"{SUITE}, with the tests' own small model, whose golden outputs are LiteRT's",
         rows=rows,
         title="The device's tests under tflite-runtime",
         notes=f"Skipped: {skipped or 'none'}. Without the tests that are marked slow.",

@@ -32,7 +32,7 @@ def test_outcomes_are_counted_by_module_and_in_all(tmp_path: Path, monkeypatch: 
 def test_a_missing_environment_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(legacy_runtime, "ROOT", tmp_path)
     with pytest.raises(BenchError, match=r"\.venv-legacy is not there; make test-legacy makes it"):
-        legacy_runtime.run(tmp_path, tests="tests/device", processes=1)
+        legacy_runtime.run(tmp_path, processes=1)
 
 
 def test_the_recorded_run_has_no_failure():
