@@ -5,7 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
-from device.contract.board import COREML
+from device.cached_engine import CachedEngine, cache_path
+from device.contract.board import COREML, PROCESSOR
 from device.contract.errors import EngineError
 from device.contract.manifest import Artifact, Manifest
 from device.engine import Engine
@@ -24,8 +25,18 @@ class Backbone(Protocol):
         ...
 
 
-def open_backbone(directory: Path, manifest: Manifest, artifact: Artifact, *, threads: int, delegate: str) -> Backbone:
-    """Load an artifact of an extracted bundle.
+def open_backbone(
+    directory: Path,
+    manifest: Manifest,
+    artifact: Artifact,
+    *,
+    threads: int,
+    delegate: str,
+    caches: Path | None = None,
+) -> Backbone:
+    """Load an artifact of an extracted bundle, whose files were checked against its manifest.
+
+    With a directory for `caches` its packed weights are kept there, if the processor is to run it.
 
     With the delegate coreml it is the bundle's Core ML package, held to the artifact's golden outputs; where that cannot be
     loaded, and with any other delegate, it is the TFLite file.
@@ -41,6 +52,12 @@ def open_backbone(directory: Path, manifest: Manifest, artifact: Artifact, *, th
         except EngineError as error:
             problem = str(error)
     tflite_runtime().require_right(artifact.precision)
+    if caches and delegate == PROCESSOR:
+        try:
+            cache = cache_path(caches, manifest.files[artifact.path].sha256)
+            return CachedEngine(directory / artifact.path, cache, num_threads=threads)
+        except EngineError as error:
+            problem = str(error)
     engine = Engine(directory / artifact.path, num_threads=threads, delegate=delegate)
     engine.delegate_problem = engine.delegate_problem or problem
     return engine

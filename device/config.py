@@ -33,6 +33,7 @@ ca_file = "updates-ca.pem"      # certificates for https: in place of the system
 
 [runtime]                       # overrides of the board profile
 threads = 2
+weight_cache = true             # packed weights in ROOT/cache: less memory, as much disk as the model in float32
 delegate = "edgetpu"            # or "gpu", "vx", or a delegate's library; without it the processor does the work
 
 [log]
@@ -145,6 +146,7 @@ class RuntimeOverrides:
 
     threads: int | None = None
     delegate: str | None = None
+    weight_cache: bool | None = None
     feature_ring: int | None = None
     spool_bytes: int | None = None
     spool_age_s: int | None = None
@@ -154,7 +156,7 @@ class RuntimeOverrides:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int | float) and value <= 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ConfigError(f"runtime.{name} must be above 0, got {value}")
 
 

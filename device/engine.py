@@ -6,10 +6,6 @@ hence the lock; a signature runner silently resizes to a wrong image size, hence
 
 A delegate that is missing, or that refuses the model, is replaced by the processor; `delegate_problem` says why. What the
 delegate computes is judged as everything else is, by the golden frames.
-
-There is no weight cache: `Interpreter` of LiteRT 2.3 and of tflite-runtime 2.14 takes no option for one, and XNNPACK, which
-has it, is applied without options. `CompiledModel` of LiteRT 2.3 offers `xnnpack_weight_cache_path`, but a damaged model
-that makes `Interpreter` raise kills its process (51 of 200 mutated files), and no precompiled copy is worth that.
 """
 
 import threading

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from device.contract.errors import EngineError, RuntimeMismatchError
@@ -87,6 +88,25 @@ def runtime_name() -> str:
         return str(tflite_runtime())
     except EngineError:
         return "none"
+
+
+def compiled_model(path: Path, weight_cache: Path, num_threads: int) -> Any:
+    """LiteRT's `CompiledModel` on the processor, with a file for XNNPACK's packed weights.
+
+    Raises:
+        EngineError: this runtime has no such thing.
+        RuntimeError: it refuses the model.
+    """
+    try:
+        from ai_edge_litert.compiled_model import CompiledModel
+        from ai_edge_litert.cpu_options import CpuOptions
+        from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+        from ai_edge_litert.options import Options
+    except ImportError as error:
+        raise EngineError(f"{runtime_name()} has no weight caches ({error})") from error
+    cpu = CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=str(weight_cache))
+    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
+    return CompiledModel.from_file(str(path), options=options)
 
 
 def _litert() -> Any:

@@ -37,6 +37,7 @@ from device.telemetry import Window, memory_bytes
 
 CANARY_S = 60.0
 """How often one golden frame is run on a confirmed model."""
+CACHES = "cache"
 LOAD_ATTEMPTS = 3
 LOAD_PAUSE_S = 0.3
 
@@ -78,7 +79,14 @@ class Model:
             directory=directory,
             manifest=manifest,
             artifact=artifact,
-            engine=open_backbone(directory, manifest, artifact, threads=runtime.threads, delegate=runtime.delegate),
+            engine=open_backbone(
+                directory,
+                manifest,
+                artifact,
+                threads=runtime.threads,
+                delegate=runtime.delegate,
+                caches=slots.root / CACHES if runtime.weight_cache else None,
+            ),
             classifier=Classifier(base, manifest, store),
             ring=FeatureRing(runtime.feature_ring, manifest.learning.feature_dim),
             window=Window(base.feature_mean, base.feature_std),

@@ -76,7 +76,7 @@ class Runtime:
     """The agent's defaults: interpreter threads, delegate, frames kept for learning, spool bounds, telemetry interval, soak.
 
     `delegate` is what runs the backbone: xnnpack (the processor), coreml (on macOS), a key of `LIBRARIES`, or the name or
-    path of a shared library that is a TFLite delegate.
+    path of a shared library that is a TFLite delegate. `weight_cache` keeps the processor's packed weights in a file.
     """
 
     threads: int
@@ -87,6 +87,7 @@ class Runtime:
     telemetry_interval_s: float
     soak_frames: int
     soak_s: float
+    weight_cache: bool = False
 
     def __post_init__(self) -> None:
         known = (PROCESSOR, COREML, *LIBRARIES)
