@@ -5,7 +5,6 @@ from typing import Protocol
 
 import numpy as np
 
-from device.cached_engine import CachedEngine, cache_path
 from device.contract.board import COREML, PROCESSOR
 from device.contract.errors import EngineError
 from device.contract.manifest import Artifact, Manifest
@@ -45,7 +44,7 @@ def open_backbone(
         RuntimeMismatchError: the runtime lacks an operation, or computes artifacts of this precision wrongly.
         EngineError: the file is no valid model, the system has no room for it now, or there is no runtime.
     """
-    problem = ""
+    tflite, problem = directory / artifact.path, ""
     if delegate == COREML:
         try:
             return _open_coreml(directory, manifest)
@@ -54,11 +53,10 @@ def open_backbone(
     tflite_runtime().require_right(artifact.precision)
     if caches and delegate == PROCESSOR:
         try:
-            cache = cache_path(caches, manifest.files[artifact.path].sha256)
-            return CachedEngine(directory / artifact.path, cache, num_threads=threads)
+            return _open_cached(tflite, caches, manifest.files[artifact.path].sha256, threads)
         except EngineError as error:
             problem = str(error)
-    engine = Engine(directory / artifact.path, num_threads=threads, delegate=delegate)
+    engine = Engine(tflite, num_threads=threads, delegate=delegate)
     engine.delegate_problem = engine.delegate_problem or problem
     return engine
 
@@ -69,3 +67,9 @@ def _open_coreml(directory: Path, manifest: Manifest) -> Backbone:
     if manifest.coreml is None:
         raise EngineError(f"delegate {COREML}: {manifest.name} {manifest.version} holds no Core ML package")
     return CoreMLEngine(directory / manifest.coreml.path, manifest.input)
+
+
+def _open_cached(tflite: Path, caches: Path, sha256: str, threads: int) -> Backbone:
+    from device.cached_engine import CachedEngine, cache_path  # here: only where agent.toml asks for it
+
+    return CachedEngine(tflite, cache_path(caches, sha256), num_threads=threads)
