@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
-.PHONY: help env device-env peers onnx2tf-env legacy-env quickstart test test-slow lint format bench screenshots clean
+.PHONY: help env device-env peers onnx2tf-env legacy-env quickstart test test-slow test-legacy lint format bench screenshots clean
 
 # PYTHON       interpreter for the environments; empty: python3.11, else python3 if it is 3.11
 # TORCH_INDEX  a further package index that offers PyTorch's CPU build, for example PyTorch's own; empty: none.
@@ -21,6 +21,7 @@ DEVICE_VENV := .venv-device
 PEERS_VENV := .venv-peers
 ONNX2TF_VENV := .venv-onnx2tf
 LEGACY_VENV := .venv-legacy
+LEGACY_TEST_VENV := .venv-legacy-test
 BIN := $(VENV)/bin
 # A process per core; more than 4 would need more than 16 GB.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -51,6 +52,9 @@ test: env device-env ## Run the tests that take minutes at most
 test-slow: env device-env ## Run the long tests, too long for every change
 	@$(PYTEST) -m slow $(ARGS) || test $$? -eq 5  # 5: there is none
 
+test-legacy: env legacy-env $(LEGACY_TEST_VENV)/.stamp ## Run the device's tests under tflite-runtime
+	@$(BIN)/python -m bench.legacy_runtime --no-record $(ARGS)
+
 lint: env ## Check style and types (ruff, mypy)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -71,7 +75,7 @@ screenshots: env device-env ## Take the pictures in docs/ from a real quickstart
 	@$(BIN)/python -m bench.screenshots
 
 clean: ## Remove the environments and caches; results in bench/results and runs/ stay
-	rm -rf $(VENV) $(DEVICE_VENV) $(PEERS_VENV) $(ONNX2TF_VENV) $(LEGACY_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEVICE_VENV) $(PEERS_VENV) $(ONNX2TF_VENV) $(LEGACY_VENV) $(LEGACY_TEST_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: constraints/host.txt pyproject.toml .ci/make-venv
@@ -88,3 +92,6 @@ $(ONNX2TF_VENV)/.stamp: constraints/onnx2tf.txt .ci/make-venv
 
 $(LEGACY_VENV)/.stamp: constraints/device-legacy.txt pyproject.toml .ci/make-venv
 	@.ci/make-venv $(LEGACY_VENV) constraints/device-legacy.txt -e '.[device-legacy]'
+
+$(LEGACY_TEST_VENV)/.stamp: constraints/legacy-test.txt constraints/device-legacy.txt pyproject.toml .ci/make-venv
+	@.ci/make-venv $(LEGACY_TEST_VENV) constraints/legacy-test.txt -e '.[device-legacy]' amqtt cryptography hypothesis jinja2 pillow pytest pytest-xdist rich typer

@@ -119,7 +119,7 @@ class Agent:
         self._reported_entry = -1
         self._reported_problem = self._reported_source_problem = ""
         self._last_window: dict[str, float] = {}
-        self._frames = self._errors = self._window_errors = 0  # errors: those that are no bad frames
+        self._frames = self._errors = self._window_errors = self._delegate_fallbacks = 0  # errors: those that are no bad frames
         self._is_bad_frame_reported = False
         self._is_drifting = self._is_hot = self._is_renewal_reported = False
         self._max_celsius = board.budget.soc_temp_celsius
@@ -191,6 +191,7 @@ class Agent:
             "results_dropped": self._connection.results_dropped if self._connection else 0,
             "connected": self._connection is not None and self._connection.is_connected,
             "problem": self._serving.problem,
+            "delegate_fallbacks": self._delegate_fallbacks,
             "last_check": self._verbs.last_check,
             "window": self._last_window,
             "sampling": to_table(self._sampling.current),
@@ -279,6 +280,9 @@ class Agent:
         except EngineError as error:
             self._count_error("engine", one_line(error))
             self._serving.revert(model, "engine", one_line(error))
+            before = self._serving.model
+            if before and before is not model:
+                self._process(before, frame)
             return
         latency_s = time.perf_counter() - started
         self._last_frame = frame if self._config.snapshot else None
@@ -371,6 +375,10 @@ class Agent:
         remove_stale(self._root / "state", [self._slots.directory(slot) for slot in NAMES])
         if model is None:
             self._check_for_update()
+        if model and model.engine.delegate_problem:
+            self._delegate_fallbacks += 1
+            log.error("the processor runs the model: %s", model.engine.delegate_problem)
+            self._reporter.event("error", reason="delegate", detail=model.engine.delegate_problem)
         for problem in model.classifier.problems if model else []:
             log.error("%s", problem)
             self._reporter.event("unlearned", reason="state", detail=problem)

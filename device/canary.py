@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from device.backbone import Backbone
 from device.contract.errors import ArtifactError
 from device.contract.manifest import Artifact, InputSpec
-from device.engine import Engine
 from device.golden import GOLDEN_NAME, read_arrays
 from device.learning.slda import SLDA
 from device.preprocess import preprocess
@@ -20,7 +20,7 @@ from device.preprocess import preprocess
 class Canary:
     """The golden frames of one served model, kept in memory: a few kilobytes."""
 
-    def __init__(self, engine: Engine, slot: Path, spec: InputSpec, artifact: Artifact, base_head: SLDA) -> None:
+    def __init__(self, engine: Backbone, slot: Path, spec: InputSpec, artifact: Artifact, base_head: SLDA) -> None:
         """Read them.
 
         Args:

@@ -122,6 +122,9 @@ def _status(arguments: argparse.Namespace) -> int:
         )
         lines.append(_source_line(table))
         lines.append(f"broker: {'connected' if table.get('connected') else 'not connected'}")
+        lines.append(f"runtime: {table.get('runtime')} on {table.get('delegate') or 'no model'}")
+        if table.get("delegate_problem"):
+            lines.append(f"delegate: {table['delegate_problem']}")
         lines.append(
             f"modules: {'ok' if table.get('modules_ok') else 'FORBIDDEN'}: {', '.join(table.get('modules', []))}"
         )
@@ -174,8 +177,9 @@ def _selftest(arguments: argparse.Namespace) -> int:
     entry = slots.serving()
     if entry is None:
         raise ArtifactError(f"{root}: no model is installed; run 'fieldvit-device update'")
+    runtime = resolve_runtime(board, config.runtime)
     test = run_in_child(
-        slots.directory(entry.slot), entry.precision, threads=resolve_runtime(board, config.runtime).threads
+        slots.directory(entry.slot), entry.precision, threads=runtime.threads, delegate=runtime.delegate
     )
     _show(arguments, to_table(test), report_lines(test))
     return 0

@@ -39,6 +39,8 @@ ca_file = "updates-ca.pem"      # certificates for https: in place of the system
 
 [runtime]                       # overrides of the board profile
 threads = 2
+weight_cache = true             # packed weights in ROOT/cache: less memory, as much disk as the model in float32
+delegate = "edgetpu"            # or "gpu", "vx", or a delegate's library; without it the processor does the work
 
 [log]
 format = "text"                 # or "json": one object a line
@@ -193,6 +195,8 @@ class RuntimeOverrides:
     """Values that replace the board profile's runtime defaults; see `device.contract.board.Runtime`."""
 
     threads: int | None = None
+    delegate: str | None = None
+    weight_cache: bool | None = None
     feature_ring: int | None = None
     spool_bytes: int | None = None
     spool_age_s: int | None = None
@@ -202,7 +206,7 @@ class RuntimeOverrides:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and value <= 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ConfigError(f"runtime.{name} must be above 0, got {value}")
 
 

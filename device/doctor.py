@@ -14,6 +14,7 @@ from device.doctor_checks import (
     check_certificates,
     check_delegate,
     check_owner,
+    check_runtime,
     check_secrets,
     check_spool,
     check_temperature,
@@ -49,7 +50,8 @@ def examine(root: Path) -> Iterator[Finding]:
     yield _trusted_root(root)
     yield _lock(root)
     yield _model(root, config, board)
-    yield check_delegate(board)
+    yield check_runtime()
+    yield check_delegate(resolve_runtime(board, config.runtime))
     yield check_temperature(board)
     yield check_source(root, config.source, is_running=_is_running(root))
     yield check_secrets(root, config)
@@ -129,10 +131,12 @@ def _model(root: Path, config: AgentConfig, board: Board) -> Finding:
         return Finding(
             check="model", ok=False, text="no model is installed", advice="fieldvit-device update --root " + str(root)
         )
-    threads = resolve_runtime(board, config.runtime).threads
+    runtime = resolve_runtime(board, config.runtime)
     name = f"{entry.name} {entry.version} {entry.precision}, slot {entry.slot}, {entry.state}"
     try:
-        test = run_in_child(Slots(root).directory(entry.slot), entry.precision, threads=threads)
+        test = run_in_child(
+            Slots(root).directory(entry.slot), entry.precision, threads=runtime.threads, delegate=runtime.delegate
+        )
     except DeviceError as error:
         return Finding(
             check="model",
@@ -140,7 +144,9 @@ def _model(root: Path, config: AgentConfig, board: Board) -> Finding:
             text=f"{name}: {error}",
             advice="fieldvit-device rollback, or update to a newer model",
         )
-    return Finding(check="model", ok=True, text=f"{name}: self-test passed, p50 {test.latency_p50_ms:.1f} ms")
+    return Finding(
+        check="model", ok=True, text=f"{name}: self-test passed, p50 {test.latency_p50_ms:.1f} ms on {test.delegate}"
+    )
 
 
 def _broker(root: Path, config: AgentConfig) -> Finding:

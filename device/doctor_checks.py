@@ -1,4 +1,4 @@
-"""Checks of the doctor that look at files and sensors: spool, certificates, secrets, temperature, delegate."""
+"""Checks of the doctor that look at files and sensors: spool, certificates, secrets, temperature, runtime, delegate."""
 
 import contextlib
 import os
@@ -6,21 +6,21 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
-from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from device.config import AgentConfig
-from device.contract.board import Board
+from device.contract.board import Board, Runtime
 from device.contract.errors import DeviceError
+from device.delegates import find_library, is_library
+from device.runtime import tflite_runtime
 from device.telemetry import soc_temp_celsius
 
 DAY_S = 86400.0
 CERTIFICATE_DAYS = 7
 """The agent renews a certificate long before; one that has so few days left could not be renewed."""
 MANY_MESSAGES = 10_000
-DELEGATE_LIBRARIES = {"edgetpu": "edgetpu"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,15 +130,29 @@ def check_temperature(board: Board) -> Finding:
     return Finding(check="temperature", ok=celsius <= limit, text=text, advice="cool it, or lower source.max_fps")
 
 
-def check_delegate(board: Board) -> Finding:
-    """Whether what the profile wants the model to run on is there."""
-    delegate = board.support.delegate
-    library = DELEGATE_LIBRARIES.get(delegate)
-    if library is None or find_library(library):
-        return Finding(check="delegate", ok=True, text=f"{delegate}, {os.cpu_count()} processors")
-    return Finding(
-        check="delegate",
-        ok=True,
-        text=f"lib{library} is not installed; models run on the processor",
-        advice=f"install lib{library} for {delegate}",
-    )
+def check_runtime() -> Finding:
+    """Which TFLite runtime runs the models, and what it is known not to run."""
+    try:
+        runtime = tflite_runtime()
+    except DeviceError as error:
+        return Finding(check="runtime", ok=False, text=str(error), advice="no model runs until then")
+    refused = ", ".join(runtime.refused_precisions)
+    text = f"{runtime}; {refused} artifacts are refused" if refused else str(runtime)
+    advice = "install ai-edge-litert where it has a wheel for this system" if refused else ""
+    return Finding(check="runtime", ok=True, text=text, advice=advice)
+
+
+def check_delegate(runtime: Runtime) -> Finding:
+    """Whether what models are to run on is there; the processor takes its place, so the board is not unwell without."""
+    text = f"{runtime.delegate}, {os.cpu_count()} processors"
+    if not is_library(runtime.delegate):
+        return Finding(check="delegate", ok=True, text=text)
+    try:
+        return Finding(check="delegate", ok=True, text=f"{find_library(runtime.delegate)}, {os.cpu_count()} processors")
+    except DeviceError as error:
+        return Finding(
+            check="delegate",
+            ok=True,
+            text=f"models run on the processor: {error}",
+            advice="or set runtime.delegate in agent.toml to xnnpack",
+        )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from device.backbone import Backbone
 from device.contract.errors import ArtifactError
 from device.contract.manifest import Artifact, InputSpec, Manifest
-from device.engine import Engine
 from device.learning.slda import SLDA
 from device.preprocess import preprocess
 
@@ -57,7 +57,7 @@ def check_labels(slot: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{LABELS_NAME}: its lines are not the manifest's labels; export the bundle again")
 
 
-def check_golden(engine: Engine, slot: Path, spec: InputSpec, artifact: Artifact, base_head: SLDA) -> float:
+def check_golden(engine: Backbone, slot: Path, spec: InputSpec, artifact: Artifact, base_head: SLDA) -> float:
     """Run the golden frames; returns the largest difference of a feature, relative to the largest golden value.
 
     Raises:

@@ -92,6 +92,8 @@ def render(status: Mapping[str, Any]) -> str:
     add("spool_dropped_total", "counter", "Messages dropped, ever.", {"": status.get("spool_dropped")})
     add("connected", "gauge", "Whether the broker is connected.", {"": int(bool(status.get("connected")))})
     add("problem", "gauge", "Whether golden frames are computed otherwise.", {"": int(bool(status.get("problem")))})
+    fallbacks = status.get("delegate_fallbacks")
+    add("delegate_fallbacks_total", "counter", "Models that the processor had to take over.", {"": fallbacks})
     quantiles = {f'{{quantile="0.{p}"}}': window.get(f"latency/p{p}") for p in (50, 90, 99)}
     add("latency_seconds", "gauge", "Of the frames of the last window.", quantiles)
     add("throughput_fps", "gauge", "Frames a second in the last window.", {"": window.get("throughput")})

@@ -10,6 +10,7 @@ from device.contract.messages import Event, ModelState, State, Telemetry, encode
 from device.contract.topics import DeviceId
 from device.journal import Entry
 from device.modules import forbidden_modules
+from device.runtime import runtime_name
 from device.serving import Model
 from device.slots import CRASHED, Slots
 from device.spool import LOW, Spool
@@ -83,6 +84,8 @@ class Reporter:
                 labels=head.labels if head else (),
                 learned_version=head.version if head else 0,
                 forbidden_modules=tuple(forbidden_modules()),
+                runtime=runtime_name(),
+                delegate=model.engine.delegate if model else "",
             )
         )
 

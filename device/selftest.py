@@ -23,7 +23,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from device.contract.errors import ArtifactError, DeviceError, InterruptedTestError, NoVerdictError
+from device.contract.board import PROCESSOR
+from device.contract.errors import (
+    ArtifactError,
+    DeviceError,
+    InterruptedTestError,
+    NoVerdictError,
+    RuntimeMismatchError,
+)
 from device.contract.records import from_table
 
 TIMEOUT_S = 120.0
@@ -46,10 +53,17 @@ class SelfTest:
     latency_p90_ms: float
     latency_p99_ms: float
     peak_memory_mb: float
+    delegate: str = PROCESSOR
 
 
 def run_in_child(
-    slot: Path, precision: str, *, threads: int, timeout_s: float = TIMEOUT_S, stop: threading.Event | None = None
+    slot: Path,
+    precision: str,
+    *,
+    threads: int,
+    delegate: str = PROCESSOR,
+    timeout_s: float = TIMEOUT_S,
+    stop: threading.Event | None = None,
 ) -> SelfTest:
     """Test an artifact in a child process.
 
@@ -57,16 +71,18 @@ def run_in_child(
         slot: directory of the extracted bundle.
         precision: which artifact.
         threads: of the interpreter.
+        delegate: as in the board profile's `runtime.delegate`.
         timeout_s: how long the child may take.
         stop: ends the test when it is set.
 
     Raises:
+        RuntimeMismatchError: the runtime of this board cannot run it.
         ArtifactError: it failed or crashed; the message says which.
         NoVerdictError: it took too long, or was killed as the system does when memory runs out.
         InterruptedTestError: `stop` was set, somebody ended the child, or it could not be started.
     """
     command = [sys.executable, "-m", "device.selftest", str(slot), "--precision", precision, "--json"]
-    command += ["--threads", str(threads), "--timeout", str(timeout_s), "--end-with-parent"]
+    command += ["--threads", str(threads), "--delegate", delegate, "--timeout", str(timeout_s), "--end-with-parent"]
     stop = stop or threading.Event()
     try:
         with _child(command) as child:
@@ -122,7 +138,8 @@ def _require_success(exit_code: int, errors: bytes, precision: str, timeout_s: f
     if exit_code:
         text = errors.decode(errors="replace").splitlines()
         lines = [line for line in text if line.startswith(_ERROR)] or text
-        raise ArtifactError(f"{precision}: {(lines or ['no message'])[-1].removeprefix(_ERROR)}")
+        message = f"{precision}: {(lines or ['no message'])[-1].removeprefix(_ERROR)}"
+        raise (RuntimeMismatchError if exit_code == RuntimeMismatchError.exit_code else ArtifactError)(message)
 
 
 def _parse_report(output: bytes, precision: str) -> SelfTest:
@@ -136,13 +153,13 @@ def _parse_report(output: bytes, precision: str) -> SelfTest:
         raise ArtifactError(f"{precision}: the self-test wrote no report, but {line[:80]!r}") from error
 
 
-def run_here(slot: Path, precision: str, *, threads: int) -> SelfTest:
+def run_here(slot: Path, precision: str, *, threads: int, delegate: str = PROCESSOR) -> SelfTest:
     """Test an artifact in this process; ArtifactError or EngineError says what is wrong."""
     import numpy as np  # here: the parent only starts the child and needs none of this
 
+    from device.backbone import open_backbone
     from device.classifier import read_base_head
     from device.contract.bundle import verify_directory
-    from device.engine import Engine
     from device.golden import GOLDEN_NAME, check_golden, check_labels, read_arrays
     from device.preprocess import preprocess
     from device.telemetry import peak_memory_bytes
@@ -151,7 +168,7 @@ def run_here(slot: Path, precision: str, *, threads: int) -> SelfTest:
     check_labels(slot, manifest)
     artifact = manifest.artifact(precision)
     started = time.monotonic()
-    engine = Engine(slot / artifact.path, num_threads=threads)
+    engine = open_backbone(slot, manifest, artifact, threads=threads, delegate=delegate)
     load_s = time.monotonic() - started
     difference = check_golden(engine, slot, manifest.input, artifact, read_base_head(slot, manifest, artifact).learner)
     frame = preprocess(read_arrays(slot / GOLDEN_NAME)["frames"][:1], manifest.input)
@@ -169,6 +186,7 @@ def run_here(slot: Path, precision: str, *, threads: int) -> SelfTest:
         latency_p90_ms=float(p90),
         latency_p99_ms=float(p99),
         peak_memory_mb=peak_memory_bytes() / (1 << 20),
+        delegate=engine.delegate,
     )
 
 
@@ -178,7 +196,7 @@ def report_lines(result: SelfTest) -> list[str]:
         f"{result.precision}: passed",
         f"  golden frames: same answers, features within {result.golden_difference:.2g} of the largest value",
         f"  latency: p50 {result.latency_p50_ms:.2f} ms, p90 {result.latency_p90_ms:.2f} ms, p99 {result.latency_p99_ms:.2f} ms",
-        f"  peak memory: {result.peak_memory_mb:.0f} MB, load {result.load_s:.2f} s",
+        f"  peak memory: {result.peak_memory_mb:.0f} MB, load {result.load_s:.2f} s, on {result.delegate}",
     ]
 
 
@@ -189,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("slot", type=Path, help="directory of the extracted bundle")
     parser.add_argument("--precision", required=True, help="which artifact, for example int8")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--delegate", default=PROCESSOR, help="what runs it, as in the board profile")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds until this process ends itself")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--end-with-parent", action="store_true", help="end when standard input does")
@@ -198,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.end_with_parent:
         threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
     try:
-        result = run_here(arguments.slot, arguments.precision, threads=arguments.threads)
+        result = run_here(arguments.slot, arguments.precision, threads=arguments.threads, delegate=arguments.delegate)
     except DeviceError as error:
         print(_ERROR + " ".join(str(error).split()), file=sys.stderr)  # one line: the parent reads it
         return error.exit_code

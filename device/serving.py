@@ -19,13 +19,13 @@ from typing import Self
 
 import numpy as np
 
+from device.backbone import Backbone, open_backbone
 from device.canary import Canary
 from device.classifier import HEAD_NAME, Answer, Classifier, read_base_head
 from device.contract.board import Budget, Runtime
 from device.contract.bundle import verify_directory
 from device.contract.errors import ArtifactError, DeviceError, EngineError, UpdateRefusedError
 from device.contract.manifest import Artifact, Manifest
-from device.engine import Engine
 from device.golden import check_golden
 from device.journal import Entry
 from device.learned import LearnedStore
@@ -37,6 +37,7 @@ from device.telemetry import Window, memory_bytes
 
 CANARY_S = 60.0
 """How often one golden frame is run on a confirmed model."""
+CACHES = "cache"
 LOAD_ATTEMPTS = 3
 LOAD_PAUSE_S = 0.3
 
@@ -51,7 +52,7 @@ class Model:
     directory: Path
     manifest: Manifest
     artifact: Artifact
-    engine: Engine
+    engine: Backbone
     classifier: Classifier
     ring: FeatureRing
     window: Window
@@ -79,7 +80,14 @@ class Model:
             directory=directory,
             manifest=manifest,
             artifact=artifact,
-            engine=Engine(directory / artifact.path, num_threads=runtime.threads),
+            engine=open_backbone(
+                directory,
+                manifest,
+                artifact,
+                threads=runtime.threads,
+                delegate=runtime.delegate,
+                caches=slots.root / CACHES if runtime.weight_cache else None,
+            ),
             classifier=Classifier(base, manifest, store),
             ring=FeatureRing(runtime.feature_ring, manifest.learning.feature_dim),
             window=Window(base.feature_mean, base.feature_std),

@@ -11,6 +11,8 @@ Reasons of a refusal, beside those of `device.tuf_client`:
     disk             it does not fit on the disk, or the disk fails
     board            built for other boards, or without an artifact that this board can run
     budget           too large, too slow or too hungry for the board profile
+    runtime          this board's runtime lacks an operation, or computes such an artifact wrongly; held against the bundle
+                     until there is another runtime
     selftest         golden outputs differ, or the model crashed or hung in its child process
     interrupted      the agent stopped before the model was proven; nothing is held against it
 """
@@ -32,12 +34,14 @@ from device.contract.errors import (
     BoardMismatchError,
     InterruptedTestError,
     NoVerdictError,
+    RuntimeMismatchError,
     SchemaError,
     UpdateRefusedError,
 )
 from device.contract.manifest import Artifact, Manifest
 from device.fetch import Pace
 from device.journal import Entry
+from device.runtime import runtime_name
 from device.selftest import SelfTest, run_in_child
 from device.slots import NAMES, Slots
 from device.trusted_time import TrustedTime
@@ -95,9 +99,11 @@ class Updater:
             config.update.open_window(), is_clock_wrong=lambda: self._time.is_clock_wrong
         )
         self._root, self._config, self._board, self._slots = root, config, board, slots
-        threads = resolve_runtime(board, config.runtime).threads
+        runtime = resolve_runtime(board, config.runtime)
         self._run_selftest = run_selftest or (
-            lambda slot, precision: run_in_child(slot, precision, threads=threads, stop=self._stop)
+            lambda slot, precision: run_in_child(
+                slot, precision, threads=runtime.threads, delegate=runtime.delegate, stop=self._stop
+            )
         )
         self._unfit = ("", "", "")  # the last bundle that its manifest ruled out, why: not copied again at each check
 
@@ -167,7 +173,7 @@ class Updater:
                 f"{offer.bundle}: release {offer.release} is not newer than {serving.name} {serving.version}, release {serving.release}",
             )
         rejection = self._slots.rejection(offer.sha256)
-        if rejection and not force:
+        if rejection and not force and _still_holds(rejection):
             raise UpdateRefusedError(
                 "rejected-before",
                 f"{offer.bundle}: was rejected here before ({rejection.reason}); publish a newer one, or use --force",
@@ -267,6 +273,8 @@ class Updater:
             test = self._run_selftest(slot, artifact.precision)
         except NoVerdictError as error:
             raise _PerhapsBusyError("selftest", str(error)) from error
+        except RuntimeMismatchError as error:
+            raise UpdateRefusedError("runtime", str(error)) from error
         except ArtifactError as error:
             raise UpdateRefusedError("selftest", str(error)) from error
         if test.peak_memory_mb > budget.peak_memory_mb:
@@ -297,6 +305,11 @@ class Updater:
 
     def _candidates(self, manifest: Manifest) -> list[Artifact]:
         return candidates(manifest, self._board, self._config.precision)
+
+
+def _still_holds(rejection: Entry) -> bool:
+    """What one runtime cannot run, another may; the detail names the one that refused."""
+    return rejection.reason != "runtime" or runtime_name() in rejection.detail
 
 
 def fastest(tests: list[SelfTest]) -> SelfTest:

@@ -16,6 +16,7 @@ from device.contract.errors import ArtifactError, ConfigError, DeviceError, Lear
 from device.contract.records import to_table
 from device.modules import forbidden_modules, third_party_modules
 from device.reporter import Reporter
+from device.runtime import runtime_name
 from device.serving import Serving
 from device.slots import Slots
 from device.updater import Staged, Updater
@@ -218,6 +219,9 @@ def status_table(slots: Slots, serving: Serving, boot: str) -> dict[str, Any]:
         "time": time.time(),
         "labels": list(model.classifier.head.labels) if model else [],
         "learned_version": model.classifier.head.version if model else 0,
+        "runtime": runtime_name(),
+        "delegate": model.engine.delegate if model else "",
+        "delegate_problem": model.engine.delegate_problem if model else "",
         "modules_ok": not forbidden_modules(),
         "modules": third_party_modules(),
     }

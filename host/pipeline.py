@@ -36,6 +36,7 @@ _SOURCES += (
     "device/engine.py",
     "device/preprocess.py",
     "device/pictures.py",
+    "device/runtime.py",
 )
 _PACKAGES = (
     "torch",

@@ -196,7 +196,7 @@ def test_help_lists_every_target():
 
 def test_every_pin_is_exact_and_boards_get_the_host_s_versions():
     pins = {path.stem: pins_of(path) for path in (ROOT / "constraints").glob("*.txt")}
-    assert set(pins) == {"host", "device", "device-legacy", "peers", "onnx2tf"}
+    assert set(pins) == {"host", "device", "device-legacy", "legacy-test", "peers", "onnx2tf"}
     assert pins["device"].items() <= pins["host"].items()
     assert "cryptography" not in pins["device"]
     assert pins["host"]["torch"] == "2.13.0"  # without +cpu: which build it is, is up to the index

@@ -3,6 +3,7 @@
 The profiles are data, one TOML per board in `firmware_configs/`. Each figure in them has its source beside it.
 """
 
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -13,6 +14,15 @@ from device.contract.errors import ConfigError
 from device.contract.records import from_table
 
 PROFILES = "firmware_configs"
+
+PROCESSOR, COREML = "xnnpack", "coreml"
+LIBRARIES = {
+    "edgetpu": "libedgetpu.so.1",
+    "gpu": "libtensorflowlite_gpu_delegate.so",
+    "vx": "libvx_delegate.so",  # the NPU of i.MX 8M Plus
+}
+"""The shared library behind each delegate that is no part of the runtime; in its place a delegate may be a library's name."""
+_LIBRARY = re.compile(r"[^\0]+\.(so(\.\d+)*|dylib)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +40,13 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """What it may run: formats (tflite, coreml), precisions in order of preference among those that are as fast, delegate, largest tensor rank.
+    """What it may run: formats (tflite, coreml), precisions in order of preference among those that are as fast, largest tensor rank.
 
     `minimum_ios` is the oldest iOS on the boards of this profile: it decides which forms of a Core ML package they take.
     """
 
     formats: tuple[str, ...]
     precisions: tuple[str, ...]
-    delegate: str
     max_tensor_rank: int
     minimum_ios: int | None = None
 
@@ -64,15 +73,28 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """The agent's defaults: interpreter threads, frames kept for learning, spool bounds, telemetry interval, soak."""
+    """The agent's defaults: interpreter threads, delegate, frames kept for learning, spool bounds, telemetry interval, soak.
+
+    `delegate` is what runs the backbone: xnnpack (the processor), coreml (on macOS), a key of `LIBRARIES`, or the name or
+    path of a shared library that is a TFLite delegate. `weight_cache` keeps the processor's packed weights in a file.
+    """
 
     threads: int
+    delegate: str
     feature_ring: int
     spool_bytes: int
     spool_age_s: int
     telemetry_interval_s: float
     soak_frames: int
     soak_s: float
+    weight_cache: bool = False
+
+    def __post_init__(self) -> None:
+        known = (PROCESSOR, COREML, *LIBRARIES)
+        if self.delegate not in known and not _LIBRARY.fullmatch(self.delegate):
+            raise ConfigError(
+                f"runtime.delegate must be {', '.join(known)}, or a shared library's name, got {self.delegate!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

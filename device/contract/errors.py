@@ -10,6 +10,7 @@ DeviceError                 1
 +-- MessageError            4   (ValueError)    an MQTT payload or topic breaks the contract
 +-- UpdateRefusedError      5   (RuntimeError)  an update was refused; the running model was not touched
 +-- EngineError             6   (RuntimeError)  the interpreter refused a model or an input
+|   +-- RuntimeMismatchError  25                the runtime installed here lacks what the model needs, or computes it wrongly
 +-- LearningError           7   (ValueError)    labels or features cannot be learned
 |   +-- GuardError                              a proposed update would do harm and was not committed
 +-- BrokerError             8   (ConnectionError)  the MQTT broker cannot be reached
@@ -90,6 +91,15 @@ class EngineError(DeviceError, RuntimeError):
     """The interpreter refused a model or an input."""
 
     exit_code = 6
+
+
+class RuntimeMismatchError(EngineError):
+    """The runtime that is installed here lacks an operation of the model, or is known to compute it wrongly.
+
+    The message names the runtime with its version: with another one the model may be tried again.
+    """
+
+    exit_code = 25
 
 
 class LearningError(DeviceError, ValueError):

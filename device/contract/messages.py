@@ -86,7 +86,10 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """Birth (`online`) or last will (`offline`); retained."""
+    """Birth (`online`) or last will (`offline`); retained.
+
+    `runtime` is the interpreter's package and version, `delegate` what the model runs on.
+    """
 
     status: str
     boot: str
@@ -99,6 +102,8 @@ class State:
     labels: tuple[str, ...] = ()
     learned_version: int = 0
     forbidden_modules: tuple[str, ...] = ()
+    runtime: str = ""
+    delegate: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in ("online", "offline"):

@@ -32,7 +32,10 @@ def test_calls_are_answered_by_one_other_process(tmp_path):
 
 
 def test_errors_come_back_as_they_are(tmp_path):
-    with pytest.raises(EngineError, match="LiteRT cannot load it"), opened(open_features, tmp_path / "no.tflite"):
+    with (
+        pytest.raises(EngineError, match="ai-edge-litert cannot load it"),
+        opened(open_features, tmp_path / "no.tflite"),
+    ):
         pass
 
 

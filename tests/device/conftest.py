@@ -1,17 +1,23 @@
 """The tiny model, converted once, and a board that has it."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.support.agent import Field
 from tests.support.broker import mosquitto
-from tests.support.tiny_bundle import TinyModel, convert_tiny_model
+from tests.support.delegates import compile_delegate
+from tests.support.tiny_bundle import TinyModel, convert_tiny_model, load_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Converted here, or, in an environment that cannot, the one in the directory FIELDVIT_TINY_MODEL."""
+    if kept := os.environ.get("FIELDVIT_TINY_MODEL"):
+        return load_tiny_model(Path(kept))
     return convert_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
@@ -27,3 +33,9 @@ def field(tmp_path: Path, tiny_model: TinyModel) -> Field:
 def broker_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with mosquitto(tmp_path_factory.mktemp("broker")) as port:
         yield port
+
+
+@pytest.fixture
+def delegate_library(tmp_path: Path) -> Callable[..., Path]:
+    """Compiles a delegate for one test; see `tests.support.delegates`."""
+    return partial(compile_delegate, tmp_path)

@@ -232,6 +232,6 @@ def test_doctor_is_content_with_a_sound_board(field: Field, broker_port: int):
     assert result.returncode == 0, table
     checks = [finding["check"] for finding in table["findings"]]
     assert checks == [
-        *("root", "disk", "clock", "config", "board", "trust", "agent", "model", "delegate", "temperature", "frames"),
-        *("secrets", "owner", "spool", "broker"),
+        *("root", "disk", "clock", "config", "board", "trust", "agent", "model", "runtime"),
+        *("delegate", "temperature", "frames", "secrets", "owner", "spool", "broker"),
     ]

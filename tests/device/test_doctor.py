@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from device.doctor_checks import (
     check_certificates,
     check_delegate,
     check_owner,
+    check_runtime,
     check_secrets,
     check_spool,
     check_temperature,
 )
+from device.runtime import tflite_runtime
 from device.spool import Spool
 from tests.support.agent import Field
 
@@ -92,7 +95,7 @@ def test_the_spool(tmp_path: Path):
     assert "set aside" in check_spool(tmp_path, CONFIG).text
 
 
-def test_temperature_and_delegate(monkeypatch: pytest.MonkeyPatch):
+def test_temperature(monkeypatch: pytest.MonkeyPatch):
     board = load_board("generic-x86-64")
     for celsius, ok in [
         (None, True),
@@ -101,10 +104,16 @@ def test_temperature_and_delegate(monkeypatch: pytest.MonkeyPatch):
     ]:
         monkeypatch.setattr("device.doctor_checks.soc_temp_celsius", lambda celsius=celsius: celsius)
         assert check_temperature(board).ok is ok
-    assert "xnnpack" in check_delegate(board).text
-    coral = replace(board, support=replace(board.support, delegate="edgetpu"))
-    monkeypatch.setattr("device.doctor_checks.find_library", lambda _: None)
-    assert "libedgetpu is not installed" in check_delegate(coral).text
+
+
+def test_runtime_and_delegate(delegate_library: Callable[..., Path]):
+    runtime = load_board("generic-x86-64").runtime
+    assert check_runtime().text.startswith(str(tflite_runtime()))
+    assert "xnnpack" in check_delegate(runtime).text
+    missing = check_delegate(replace(runtime, delegate="libnone.so.1"))
+    assert (missing.ok, missing.text[:46]) == (True, "models run on the processor: delegate libnone.")
+    library = str(delegate_library())
+    assert check_delegate(replace(runtime, delegate=library)).text.startswith(library)
 
 
 def test_the_verb_names_every_check(field: Field):
@@ -112,6 +121,18 @@ def test_the_verb_names_every_check(field: Field):
     started = time.monotonic()
     result = field.cli("doctor")
     assert result.returncode == 0, result.stdout
-    for check in ("disk", "clock", "trust", "model", "delegate", "temperature", "secrets", "owner", "spool", "broker"):
+    for check in (
+        "disk",
+        "clock",
+        "trust",
+        "model",
+        "runtime",
+        "delegate",
+        "temperature",
+        "secrets",
+        "owner",
+        "spool",
+        "broker",
+    ):
         assert f"ok     {check}: " in result.stdout
     assert time.monotonic() - started < 30

@@ -8,6 +8,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
+from device.backbone import open_backbone
 from device.canary import Canary
 from device.contract.board import load_board
 from device.contract.bundle import extract
@@ -121,7 +122,7 @@ def test_a_passing_trouble_at_load_rejects_no_sound_model_for_good(bench: Bench,
     bench.confirm()
     serving = Serving(bench.slots, RUNTIME)
     with monkeypatch.context() as patch:
-        patch.setattr("device.serving.Engine", without_memory)
+        patch.setattr("device.serving.open_backbone", without_memory)
         serving.start()
     assert serving.model is None
     assert bench.slots.state("a").state == "confirmed"  # the last whole model is kept for the next attempt
@@ -132,8 +133,8 @@ def test_a_passing_trouble_at_load_rejects_no_sound_model_for_good(bench: Bench,
 
 def test_a_trouble_that_passes_at_once_is_not_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("device.serving.LOAD_PAUSE_S", 0)
-    attempts = iter([without_memory, Engine])
-    monkeypatch.setattr("device.serving.Engine", lambda *args, **keywords: next(attempts)(*args, **keywords))
+    attempts = iter([without_memory, open_backbone])
+    monkeypatch.setattr("device.serving.open_backbone", lambda *args, **keywords: next(attempts)(*args, **keywords))
     serving = Serving(bench.slots, RUNTIME)
     serving.start()
     assert serving.model.manifest.release == 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from device.contract.manifest import Artifact, FileEntry, InputSpec, LearningSpec, Manifest
 from device.engine import Engine
+from device.golden import read_arrays
 from device.learning.slda import SLDA
 from device.preprocess import preprocess
 
@@ -22,6 +23,7 @@ LABELS = ("north-west", "north-east", "south-west", "south-east")
 NEW_LABEL = "center"
 SPEC = InputSpec(height=8, width=8, channels=1, mean=(0.5,), std=(0.5,))
 LEARNING = LearningSpec(method="slda", feature_dim=16, max_classes=8, max_drop=0.05, shrinkage=1e-2)
+NEWER_VERSION = 99
 PRECISIONS = ("int8", "float32")  # two files of the same bytes: what matters here is which one is chosen
 
 
@@ -30,6 +32,7 @@ class TinyModel:
     """The converted model and everything a bundle of it holds."""
 
     tflite: bytes
+    newer: bytes  # the same, but for a version of an operation that no runtime knows yet
     head: dict[str, np.ndarray]
     golden: dict[str, np.ndarray]
 
@@ -67,6 +70,7 @@ def convert_tiny_model(directory: Path) -> TinyModel:
     """Convert the model and compute its head and golden outputs with the device's own code."""
     tflite = directory / "tiny.tflite"
     _convert(tflite)
+    _write_newer(tflite, directory / "newer.tflite")
     engine = Engine(tflite)
     frames = np.concatenate([make_frames(40, k, seed=1) for k in range(4)])
     labels = np.repeat(np.arange(4), 40)
@@ -86,7 +90,28 @@ def convert_tiny_model(directory: Path) -> TinyModel:
         golden[f"{precision}/features"] = features[chosen]
         golden[f"{precision}/logits"] = learner.logits(features[chosen])
     head = {f"{precision}/{name}": array for precision in PRECISIONS for name, array in state.items()}
-    return TinyModel(tflite=tflite.read_bytes(), head=head, golden=golden)
+    return TinyModel(
+        tflite=tflite.read_bytes(), newer=(directory / "newer.tflite").read_bytes(), head=head, golden=golden
+    )
+
+
+def save_tiny_model(model: TinyModel, directory: Path) -> None:
+    """Keep a converted model for environments that cannot convert one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (("tiny.tflite", model.tflite), ("newer.tflite", model.newer)):
+        (directory / name).write_bytes(content)
+    for name, arrays in (("head.npz", model.head), ("golden.npz", model.golden)):
+        (directory / name).write_bytes(_npz(arrays))
+
+
+def load_tiny_model(directory: Path) -> TinyModel:
+    """What `save_tiny_model` kept: head and golden outputs are those of the runtime it was converted for."""
+    return TinyModel(
+        tflite=(directory / "tiny.tflite").read_bytes(),
+        newer=(directory / "newer.tflite").read_bytes(),
+        head=read_arrays(directory / "head.npz"),
+        golden=read_arrays(directory / "golden.npz"),
+    )
 
 
 def bundle_files(model: TinyModel) -> dict[str, bytes]:
@@ -188,3 +213,11 @@ def _convert(path: Path) -> None:
     with quiet():
         model = litert_torch.signature("features", Features().eval(), (torch.zeros(1, 8, 8, 1),))
         model.signature("infer_f", Head().eval(), head_inputs).convert().export(str(path))
+
+
+def _write_newer(path: Path, newer: Path) -> None:
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model(str(path))
+    model.operatorCodes[-1].version = NEWER_VERSION
+    flatbuffer_utils.write_model(model, str(newer))
