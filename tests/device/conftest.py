@@ -7,12 +7,12 @@ import pytest
 
 from tests.support.agent import Field
 from tests.support.broker import mosquitto
-from tests.support.tiny_bundle import TinyModel, convert_tiny_model
+from tests.support.tiny_bundle import TinyModel, convert_tiny_model, ready_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return convert_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return ready_tiny_model() or convert_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

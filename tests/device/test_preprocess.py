@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ sizes = st.integers(1, 40)
 @settings(deadline=None)
 @given(sizes, sizes, sizes, sizes, st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
 def test_resizing_equals_torch(height, width, to_height, to_width, channels, seed):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     images = np.random.default_rng(seed).uniform(0, 255, (2, height, width, channels)).astype(np.float32)
     nchw = torch.from_numpy(images).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(nchw, (to_height, to_width), mode="bilinear", align_corners=False)

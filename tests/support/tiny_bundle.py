@@ -5,6 +5,7 @@ Converted once per test session with litert-torch; bundles of any version, and d
 
 import hashlib
 import io
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -87,6 +88,24 @@ def convert_tiny_model(directory: Path) -> TinyModel:
         golden[f"{precision}/logits"] = learner.logits(features[chosen])
     head = {f"{precision}/{name}": array for precision in PRECISIONS for name, array in state.items()}
     return TinyModel(tflite=tflite.read_bytes(), head=head, golden=golden)
+
+
+def save_tiny_model(model: TinyModel, path: Path) -> None:
+    """Write the model for `ready_tiny_model` elsewhere."""
+    arrays = {f"{part}:{name}": a for part in ("head", "golden") for name, a in getattr(model, part).items()}
+    np.savez(path, tflite=np.frombuffer(model.tflite, np.uint8), **arrays)  # type: ignore[arg-type]
+
+
+def ready_tiny_model() -> TinyModel | None:
+    """The model from the file that FIELDVIT_TINY_MODEL names, where no converter is installed; None without it."""
+    if not (path := os.environ.get("FIELDVIT_TINY_MODEL")):
+        return None
+    with np.load(path) as arrays:
+        parts = {
+            part: {name.partition(":")[2]: arrays[name] for name in arrays if name.startswith(f"{part}:")}
+            for part in ("head", "golden")
+        }
+        return TinyModel(tflite=arrays["tflite"].tobytes(), **parts)
 
 
 def bundle_files(model: TinyModel) -> dict[str, bytes]:
