@@ -29,8 +29,8 @@ CONVERT = """
 import sys
 from pathlib import Path
 from tests.support.tiny_bundle import convert_tiny_model, save_tiny_model
-directory = Path(sys.argv[1])
-save_tiny_model(convert_tiny_model(directory), directory)
+path = Path(sys.argv[1])
+save_tiny_model(convert_tiny_model(path.parent), path)
 """
 
 
@@ -58,14 +58,15 @@ def run(directory: Path, *, processes: int) -> ElementTree.Element:
         BenchError: an environment is missing, the model cannot be converted, or pytest wrote no report.
     """
     board, python = python_of(BOARD), python_of(TESTS)
-    converted = subprocess.run([sys.executable, "-c", CONVERT, str(directory)], cwd=ROOT, timeout=LIMIT_S, check=False)
+    model = directory / "tiny.npz"
+    converted = subprocess.run([sys.executable, "-c", CONVERT, str(model)], cwd=ROOT, timeout=LIMIT_S, check=False)
     if converted.returncode:
         raise BenchError(f"the tests' model cannot be converted (exit code {converted.returncode}); see above")
     path = directory / "report.xml"
     command = [str(python), "-m", "pytest", "-q", "-n", str(processes), "--dist", "worksteal", f"--junitxml={path}"]
     environment = os.environ | {
         "FIELDVIT_DEVICE_PYTHON": str(board),
-        "FIELDVIT_TINY_MODEL": str(directory),
+        "FIELDVIT_TINY_MODEL": str(model),
         "PYTHONPATH": str(ROOT),
     }
     subprocess.run([*command, SUITE], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False)

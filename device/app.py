@@ -119,7 +119,9 @@ class Agent:
         self._reported_entry = -1
         self._reported_problem = self._reported_source_problem = ""
         self._last_window: dict[str, float] = {}
-        self._frames = self._errors = self._window_errors = self._delegate_fallbacks = 0  # errors: those that are no bad frames
+        self._frames = self._errors = self._window_errors = self._delegate_fallbacks = (
+            0  # errors: those that are no bad frames
+        )
         self._is_bad_frame_reported = False
         self._is_drifting = self._is_hot = self._is_renewal_reported = False
         self._max_celsius = board.budget.soc_temp_celsius

@@ -10,6 +10,8 @@ from device.config import AgentConfig, load_config, resolve_runtime
 from device.contract.board import Board, load_board
 from device.contract.errors import DeviceError
 from device.doctor_checks import (
+    CERTIFICATE_DAYS,
+    DAY_S,
     Finding,
     check_certificates,
     check_delegate,
@@ -153,7 +155,16 @@ def _broker(root: Path, config: AgentConfig) -> Finding:
     if config.broker is None:
         return Finding(check="broker", ok=True, text="none configured: messages stay in the spool")
     try:
-        probe(config.broker, root)
+        expires = probe(config.broker, root)
     except DeviceError as error:
         return Finding(check="broker", ok=False, text=str(error), advice="messages wait in the spool until then")
-    return Finding(check="broker", ok=True, text=f"{config.broker.hostname}:{config.broker.port} accepts the login")
+    text = f"{config.broker.hostname}:{config.broker.port} accepts the login"
+    if expires is None:
+        return Finding(check="broker", ok=True, text=text)
+    days = (expires - time.time()) / DAY_S
+    return Finding(
+        check="broker",
+        ok=days >= CERTIFICATE_DAYS,
+        text=f"{text}; its certificate is valid for {days:.0f} more days",
+        advice="have it renewed, before no board can connect: fieldvit fleet renew-broker",
+    )

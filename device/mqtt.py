@@ -430,17 +430,17 @@ def read_password(config: BrokerConfig, base: Path) -> str | None:
         raise ConfigError(f"{path}: the broker password cannot be read ({error}); see broker.password_file") from error
 
 
-def probe(config: BrokerConfig, base: Path) -> None:
-    """Log in once and leave.
+def probe(config: BrokerConfig, base: Path) -> float | None:
+    """Log in once and leave; returns when the broker's certificate expires, in Unix seconds, or None without TLS.
 
     Raises:
         BrokerError: the broker cannot be reached or refuses the login.
     """
     address = f"{config.hostname}:{config.port}"
     try:
-        reason = _login(config, base, _MQTT_5)
+        reason, expires = _login(config, base, _MQTT_5)
         if reason is None or str(reason) in _OTHER_PROTOCOL:
-            reason = _login(config, base, _MQTT_311)
+            reason, expires = _login(config, base, _MQTT_311)
     except OSError as error:
         raise BrokerError(
             f"{address} cannot be reached ({error}); check broker.hostname, port and the network"
@@ -449,10 +449,11 @@ def probe(config: BrokerConfig, base: Path) -> None:
         answer = str(reason) if reason else "no answer"
         advice = "check broker.username, password_file, ca_file and cert_file"
         raise BrokerError(f"{address} refused the login ({answer}); {advice}")
+    return expires
 
 
-def _login(config: BrokerConfig, base: Path, protocol: MQTTProtocolVersion) -> ReasonCode | None:
-    """The broker's answer to a login, or None when it hung up or said nothing."""
+def _login(config: BrokerConfig, base: Path, protocol: MQTTProtocolVersion) -> tuple[ReasonCode | None, float | None]:
+    """The broker's answer to a login, or None when it hung up or said nothing; and when its certificate expires."""
     outcome: list[ReasonCode] = []
     name = f"fieldvit-doctor-{random.randrange(1 << 32):08x}"
     # A broker may take the certificate's name for our client id, and us for the agent: its session must outlive this.
@@ -461,11 +462,19 @@ def _login(config: BrokerConfig, base: Path, protocol: MQTTProtocolVersion) -> R
     client.manual_ack_set(True)
     client.on_connect = lambda _client, _data, _flags, reason, _properties: outcome.append(reason)
     connect(client, config, protocol, is_persistent=is_persistent)
+    expires = _certificate_end(client.socket())
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while not outcome and time.monotonic() < deadline and client.loop(timeout=TICK_S) == paho.MQTT_ERR_SUCCESS:
         pass
     client.disconnect()
-    return outcome[0] if outcome else None
+    return (outcome[0] if outcome else None), expires
+
+
+def _certificate_end(connection: object) -> float | None:
+    """When the certificate at the other end expires, in Unix seconds; None without TLS."""
+    if not isinstance(connection, ssl.SSLSocket) or not (certificate := connection.getpeercert()):
+        return None
+    return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
 def backoff_s(failures: int, rng: random.Random) -> float:

@@ -478,11 +478,14 @@ def list_zoo(as_json: JsonOption = False) -> None:
 
 
 @app.command(epilog="Example: fieldvit doctor")
-def doctor(as_json: JsonOption = False) -> None:
-    """Check this machine: interpreter, packages, broker, disk, ports; each finding says what to do."""
+def doctor(
+    sites: Annotated[Path, typer.Option(help="Where sites are kept, if there are any.")] = Path("sites"),
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine: interpreter, packages, broker, disk, ports, sites; each finding says what to do."""
     from host.doctor import diagnose
 
-    findings = diagnose()
+    findings = diagnose(sites)
     _print_table(
         ("", "check", "finding"),
         [finding.row() for finding in findings],

@@ -5,11 +5,16 @@ import shutil
 import socket
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib import metadata, util
 from pathlib import Path
 
+from host.errors import FleetError
+
 _PACKAGES = ("torch", "timm", "litert-torch", "ai-edge-quantizer", "ai-edge-litert", "coremltools", "tuf", "paho-mqtt")
 _FREE_BYTES = 2 << 30
+_RENEWAL = timedelta(days=60)
+"""No board can connect once a broker's certificate has ended, and someone must be there to renew it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +31,25 @@ class Finding:
         return mark, self.name, self.text
 
 
-def diagnose() -> list[Finding]:
-    """Run every check; nothing is changed."""
-    return [_python(), *map(_package, _PACKAGES), _torchvision(), _broker(), _browser(), _disk(), _loopback()]
+def diagnose(sites: Path) -> list[Finding]:
+    """Run every check, of the sites in a directory too; nothing is changed."""
+    machine = [_python(), *map(_package, _PACKAGES), _torchvision(), _broker(), _browser(), _disk(), _loopback()]
+    return machine + [_site(path.parent) for path in sorted(sites.glob("*/site.json"))]
+
+
+def _site(directory: Path) -> Finding:
+    """How long the certificate of a site's broker is good; boards renew theirs themselves."""
+    from host.fleet.authority import Issued  # here: not everybody who asks has `cryptography`
+
+    name = f"site {directory.name}"
+    try:
+        expires = Issued.read(directory / "broker" / "broker.pem").expires
+    except FleetError as error:
+        return Finding(name=name, ok=False, text=str(error), required=False)
+    ok = expires > datetime.now(UTC) + _RENEWAL
+    text = f"the broker's certificate is good until {expires:%Y-%m-%d}"
+    advice = f"; renew it with 'fieldvit fleet renew-broker {directory.name} --sites {directory.parent}'"
+    return Finding(name=name, ok=ok, text=text + ("" if ok else advice), required=False)
 
 
 def _python() -> Finding:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 
 from bench.quickstart_seeds import readme_table
+from device.commands import ARGUMENTS
+from device.contract.records import from_table
 from host.errors import HostError
+from host.fleet.commands import parse_arguments
 from host.models.registry import create_model, list_models
 from host.quickstart.metrics import missed_bounds
 from host.quickstart.processes import find_device_python
@@ -74,6 +78,17 @@ def test_the_published_seeds_keep_what_the_quickstart_promises():
         assert missed_bounds(row, training_too=True) == []
         assert row["seconds"] <= 300
         assert row["peak_memory_mb"] <= 4000
+
+
+def test_commands_to_boards_carry_what_their_verbs_take():
+    taken = {}
+    for line in re.findall(r"^fieldvit command (.*)$", README, re.MULTILINE):
+        _, verb, *words = shlex.split(line)
+        taken[verb] = parse_arguments([word for word in words if re.match(r"[a-z_]+=", word)])
+    assert taken["learn"] == {"frame_ids": ["photo-1", "photo-2"], "label": "8"}
+    assert taken["update"] == {"source": "dir:updates"}
+    for verb, arguments in taken.items():
+        from_table(ARGUMENTS[verb], arguments, where="README.md")
 
 
 def test_commands_by_hand_run_in_their_order(tmp_path):

@@ -37,6 +37,20 @@ class Issued:
     starts: datetime
     expires: datetime
 
+    @classmethod
+    def read(cls, path: Path) -> "Issued":
+        """A stored one; FleetError names a missing or damaged file."""
+        try:
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise FleetError(f"{path}: no usable certificate ({error}); restore it from your backup") from error
+        return cls(
+            pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            serial=f"{certificate.serial_number:x}",
+            starts=certificate.not_valid_before_utc,
+            expires=certificate.not_valid_after_utc,
+        )
+
 
 class Authority:
     """The certificate and key of one site."""
@@ -157,6 +171,17 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def read_private(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A stored key; FleetError names a missing or damaged file."""
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise FleetError(f"{path}: no usable key ({error}); restore it from your backup") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FleetError(f"{path}: is no P-256 key; restore it from your backup")
+    return key
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -15,11 +15,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+
+UNIT = "fieldvit-agent.service"  # as `fieldvit-device setup` writes it
+PATIENCE_S = 30.0  # for an agent that ends, and for the word of one that systemd has seen start
 
 
 def look(root, names, **_):
@@ -150,16 +155,136 @@ def install(root, identity, wheel, constraints, wheels, pip_arguments, **_):
             "the model does not pass its test with the new runtime",
         )
     if before != identity:
-        temporary = link + ".tmp"
-        if os.path.islink(temporary):
-            os.remove(temporary)
-        os.symlink(identity, temporary)
-        os.replace(temporary, link)
-        sync(runtime)
+        point(link, identity)
     for name in os.listdir(runtime):
         if name not in (identity, before, "current") and before != identity:
             shutil.rmtree(os.path.join(runtime, name), ignore_errors=True)
     return {"is_changed": before != identity}
+
+
+def restart(root, **_):
+    """Have an agent that runs from another of our runtimes go on with the current one, through its service if it has one.
+
+    `agent` in the answer is "" (none runs, or nothing to do), "restarted", "stopped" (nobody starts it again), "kept" (it
+    may not be restarted; `reason` says why) or "elsewhere" (it runs from an environment that is not ours). One that does
+    not come up gets the runtime back from which it ran.
+    """
+    link = os.path.join(root, "runtime", "current")
+    pid = agent_of(root)
+    served = runtime_of(pid, root) if pid else os.readlink(link)
+    if served in ("", os.readlink(link)):
+        return {"agent": "" if served else "elsewhere"}
+    if main_process(UNIT) != pid:
+        return stop(root, pid)
+    say("restarting " + UNIT)
+    reason = restart_unit()
+    if agent_of(root) == pid:
+        return {"agent": "kept", "reason": reason}
+    if wait(lambda: is_up(root, pid)):
+        return {"agent": "restarted"}
+    kept = os.path.isdir(os.path.join(root, "runtime", served))
+    if kept:
+        point(link, served)
+        restart_unit()
+    outcome = "it has the one before again" if kept else "the one before is gone"
+    raise SystemExit(f"error: the agent does not start with the new runtime, {outcome}; see journalctl -u {UNIT}")
+
+
+def stop(root, pid):
+    """End an agent that no service would start again: the new runtime installs the bundle, and then somebody starts it."""
+    say(f"stopping the agent, process {pid}")
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except PermissionError:
+        return {"agent": "kept", "reason": f"process {pid} belongs to another user"}
+    if wait(lambda: agent_of(root) != pid):
+        return {"agent": "stopped"}
+    return {"agent": "kept", "reason": f"process {pid} does not stop"}
+
+
+def agent_of(root):
+    """The process of the agent that runs on this data directory; 0 without one."""
+    try:
+        with open(os.path.join(root, "agent.lock"), encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = re.match(r"'fieldvit-device run' \(process (\d+)\)", file.read())
+                return int(owner[1]) if owner else 0
+    except FileNotFoundError:
+        pass
+    return 0
+
+
+def is_up(root, old):
+    """Whether another agent than the old one has said that it runs."""
+    pid = agent_of(root)
+    try:
+        with open(os.path.join(root, "agent.json"), encoding="utf-8") as file:
+            return pid not in (0, old) and json.load(file)["pid"] == pid
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def runtime_of(pid, root):
+    """The runtime from which a process has loaded its libraries; "" if it is none of ours."""
+    prefix = os.path.realpath(os.path.join(root, "runtime")) + "/"
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+            paths = [line.rstrip("\n").partition("/")[2] for line in file]
+    except OSError:
+        return ""
+    ours = [path for path in paths if ("/" + path).startswith(prefix)]
+    return ours[0][len(prefix) - 1 :].partition("/")[0] if ours else ""
+
+
+def main_process(unit):
+    """The main process of a service; 0 where systemd does not run it."""
+    try:
+        done = subprocess.run(
+            ["systemctl", "show", "--property=MainPID", "--value", unit], capture_output=True, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        return 0
+    text = done.stdout.decode().strip()
+    return int(text) if text.isdigit() else 0
+
+
+def restart_unit():
+    """Restart the service, by sudo where this user may not; returns why not."""
+    for prefix in ([], ["sudo", "-n"]):
+        try:
+            done = subprocess.run(
+                [*prefix, "systemctl", "--no-ask-password", "restart", UNIT],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+            )
+        except FileNotFoundError:  # no sudo
+            continue
+        if done.returncode == 0:
+            return ""
+        reason = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+    return reason
+
+
+def wait(is_true):
+    """Wait until something is so; returns whether it is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def point(link, identity):
+    """Move a link by one rename."""
+    temporary = link + ".tmp"
+    if os.path.islink(temporary):
+        os.remove(temporary)
+    os.symlink(identity, temporary)
+    os.replace(temporary, link)
+    sync(os.path.dirname(link))
 
 
 def update(root, **_):
@@ -264,7 +389,7 @@ def run(command, complaint):
 
 
 if __name__ == "__main__":
-    VERBS = {each.__name__: each for each in (look, receive, place, install, update, bench, give)}
+    VERBS = {verb.__name__: verb for verb in (look, receive, place, install, restart, update, bench, give)}
     try:
         print(json.dumps(VERBS[sys.argv[1]](**json.loads(sys.argv[2]))))
     except OSError as error:

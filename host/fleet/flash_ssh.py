@@ -2,8 +2,9 @@
 
 In order: look, send what is missing (hashes decide; a file that was cut goes on where it stopped), make and test the
 runtime's environment beside the one in use and switch to it by one rename, put the update files in place as a whole, and
-have the agent install the bundle through the same checks as any update. Each step that finds its work done does nothing, so
-the whole may be repeated at any time; a cut leaves the board as it was, with files waiting in `incoming`.
+have the agent, restarted if its runtime is new, install the bundle through the same checks as any update. Each step that
+finds its work done does nothing, so the whole may be repeated at any time; a cut leaves the board as it was, with files
+waiting in `incoming`.
 """
 
 import hashlib
@@ -26,6 +27,14 @@ OLDEST_PYTHON = (3, 11)
 RUNTIME_BYTES = 400 << 20
 """An environment, and the wheels it is made from."""
 SPARE_BYTES = 64 << 20
+_AGENT_LINES = {
+    "": "",
+    "restarted": "the runtime is new: its agent was restarted",
+    "stopped": "the runtime is new: its agent was stopped, and no service starts it; start it again on the board",
+    "kept": "the runtime is new, but its agent runs with the one before ({reason}); restart it on the board",
+    "elsewhere": "its agent runs from an environment of its own; have it use runtime/current: fieldvit-device setup",
+}
+"""What became of a running agent, for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +54,16 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a flash did. `model` is what the board serves now; `is_updated` says whether it is newly installed."""
+    """What a flash did. `model` is what the board serves now; `is_updated` says whether it is newly installed.
+
+    `agent` is what became of a running agent when the runtime changed: see `board_side.restart`.
+    """
 
     is_runtime_changed: bool
     are_files_changed: bool
     is_updated: bool
     model: Mapping[str, Any]
+    agent: Mapping[str, str]
     expires: datetime
 
     @property
@@ -128,6 +141,7 @@ def _flash(remote: Remote, runtime: Runtime, files: Mapping[str, Path], *, frame
     is_runtime_changed = needs_runtime and _install(remote, runtime)
     placed = remote.ask("place", {"root": root, "files": hashes, "expected": found["hashes"], "frames": frames})
     remote.ask("give", {"root": root})
+    agent = remote.ask("restart", {"root": root})  # before the bundle: it is tested and served by the new runtime
     answer = remote.ask("update", {"root": root})
     remote.ask("give", {"root": root})
     if answer["code"]:
@@ -137,6 +151,7 @@ def _flash(remote: Remote, runtime: Runtime, files: Mapping[str, Path], *, frame
         are_files_changed=placed["is_changed"],
         is_updated=answer["model"]["updated"],
         model=answer["model"],
+        agent=agent,
         expires=expires,
     )
 
@@ -202,8 +217,4 @@ def describe(outcome: Outcome, remote: Remote) -> list[str]:
     lines = [
         f"{remote.target.name}: {what}, {model['state']}" + ("" if outcome.is_changed else "; nothing had to change")
     ]
-    if outcome.is_runtime_changed:
-        lines.append(
-            "the runtime is new: restart the agent on the board, if one runs (systemctl restart fieldvit-agent)"
-        )
-    return lines
+    return lines + [line for line in [_AGENT_LINES[outcome.agent["agent"]].format(**outcome.agent)] if line]

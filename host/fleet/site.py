@@ -41,6 +41,7 @@ from host.fleet.authority import (
     new_key,
     private_pem,
     public_digest,
+    read_private,
     read_request,
     write_private,
 )
@@ -213,6 +214,28 @@ class Site:
             query = f"SELECT {', '.join(columns)} FROM certificate ORDER BY starts DESC, rowid DESC"
             return [dict(zip(columns, row, strict=True)) for row in db.execute(query)]
 
+    @property
+    def broker_certificate(self) -> Issued:
+        """What the broker shows to who connects; FleetError if it is missing or damaged."""
+        return Issued.read(self.directory / "broker" / "broker.pem")
+
+    def renew_broker(self) -> Issued:
+        """Give the broker a new certificate, for the site's names as they are now; it takes it at its next reload.
+
+        It keeps its key: mosquitto reads two files, and two files cannot be exchanged at once.
+
+        Raises:
+            FleetError: the broker's key is missing or damaged.
+        """
+        broker = self.directory / "broker"
+        public_key = read_private(broker / "broker.key").public_key()
+        issued = self._authority.issue_server(
+            public_key, self.name, self.settings.hostnames, days=BROKER_DAYS, now=self._clock()
+        )
+        write_atomic(broker / "broker.pem", issued.pem.encode())
+        _give_to_owner(broker / "broker.pem")
+        return issued
+
     def write_broker_rules(self) -> None:
         """Write `broker/crl.pem` and `broker/acl` from what is known. The revoked are shut out until enrolled anew."""
         with self._transaction() as db:
@@ -224,10 +247,7 @@ class Site:
         crl, rules = broker / "crl.pem", broker / "acl"
         write_atomic(crl, self._authority.revocation_list(serials, now=self._clock()))
         write_atomic(rules, access_rules(self.name, shut_out=shut_out).encode(), mode=0o600)
-        owner = broker.stat()
-        for path in (crl, rules):
-            with contextlib.suppress(PermissionError):  # of a new file, where root gave the directory to mosquitto
-                os.chown(path, owner.st_uid, owner.st_gid)
+        _give_to_owner(crl, rules)
 
     def reload_broker(self) -> bool:
         """Have the site's mosquitto read its files again, if it runs here; else someone must do it there."""
@@ -326,6 +346,14 @@ def _fill_site(directory: Path, settings: SiteSettings, broker_files: PurePath) 
     (broker / "sessions").mkdir()
     write_atomic(broker / "ca.pem", authority.pem.encode())
     write_atomic(broker / "mosquitto.conf", mosquitto_config(broker_files, port=settings.broker_port).encode())
+
+
+def _give_to_owner(*paths: Path) -> None:
+    """New files belong to the owner of their directory, where root gave that to mosquitto."""
+    for path in paths:
+        owner = path.parent.stat()
+        with contextlib.suppress(PermissionError):
+            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _write_server(authority: Authority, broker: Path, settings: SiteSettings) -> None:

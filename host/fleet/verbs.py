@@ -98,19 +98,36 @@ def revoke(
     print("the broker has taken them" if opened.reload_broker() else RELOAD)
 
 
+@fleet_app.command("renew-broker", epilog="Example: fieldvit fleet renew-broker greenhouse")
+def renew_broker(site: SiteArgument, sites: SitesOption = SITES) -> None:
+    """Give a site's broker a new certificate, for the key it has."""
+    from host.fleet.site import Site, site_directory
+
+    opened = Site(site_directory(sites, site))
+    issued = opened.renew_broker()
+    print(
+        f"{site}: the broker's certificate is good until {issued.expires:%Y-%m-%d}: {opened.directory}/broker/broker.pem"
+    )
+    print("the broker has taken it" if opened.reload_broker() else RELOAD.replace("them", "it"))
+    print("the enrolment service takes it at its next start: fieldvit fleet enrol " + site)
+
+
 @fleet_app.command("list", epilog="Example: fieldvit fleet list greenhouse --json")
 def list_certificates(
     site: SiteArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")] = False,
     sites: SitesOption = SITES,
 ) -> None:
-    """List the certificates of a site, newest first."""
+    """List the certificates of a site: the broker's, and those of who may connect, newest first."""
     from host.fleet.site import Site, site_directory
 
-    rows = Site(site_directory(sites, site)).certificates()
+    opened = Site(site_directory(sites, site))
+    rows, broker = opened.certificates(), opened.broker_certificate
     if as_json:
-        print(json.dumps({"certificates": rows}, indent=1))
+        table = {"serial": broker.serial, "starts": broker.starts.timestamp(), "expires": broker.expires.timestamp()}
+        print(json.dumps({"certificates": rows, "broker": table}, indent=1))
         return
+    print(f"{'the broker':20s} {f'until {broker.expires:%Y-%m-%d}':20s} serial {broker.serial}")
     for row in rows:
         state = f"revoked {_day(row['revoked'])}" if row["revoked"] else f"until {_day(row['expires'])}"
         print(f"{row['name']:20s} {state:20s} serial {row['serial']}")

@@ -1,6 +1,5 @@
 """The tiny model, converted once, and a board that has it."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,13 @@ import pytest
 from tests.support.agent import Field
 from tests.support.broker import mosquitto
 from tests.support.delegates import compile_delegate
-from tests.support.tiny_bundle import TinyModel, convert_tiny_model, load_tiny_model
+from tests.support.tiny_bundle import TinyModel, convert_tiny_model, ready_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """Converted here, or, in an environment that cannot, the one in the directory FIELDVIT_TINY_MODEL."""
-    if kept := os.environ.get("FIELDVIT_TINY_MODEL"):
-        return load_tiny_model(Path(kept))
-    return convert_tiny_model(tmp_path_factory.mktemp("tiny"))
+    """Converted here, or, in an environment that cannot, the one in the file FIELDVIT_TINY_MODEL."""
+    return ready_tiny_model() or convert_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

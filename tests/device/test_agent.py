@@ -32,6 +32,7 @@ from device.slots import Slots
 from device.spool import Spool
 from tests.support.agent import PREFIX, Field, wait_for
 from tests.support.broker import amqtt, find_free_port, listen, mosquitto
+from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import LABELS, NEW_LABEL, make_frames, write_frames, wrong_golden
 
 
@@ -80,7 +81,7 @@ def test_a_board_installs_classifies_learns_and_reports(field: Field, tmp_path, 
             assert labels == {NEW_LABEL}
 
             agent.send_signal(signal.SIGTERM)
-            assert agent.wait(timeout=10) == 0
+            assert agent.wait(timeout=10 * PATIENCE) == 0
         assert decode_state(listener.wait_for("state", lambda payload: not is_online(payload))).boot == birth.boot
         require_no_gaps(listener, birth.boot)
 
@@ -123,7 +124,7 @@ def test_every_command_gets_exactly_one_reply(field: Field, broker_port):
         wanted = ["interrupted", "again", "late", "unknown", "odd", "future", "last", no_json]
         replies = {name: decode_reply(listener.wait_for("reply", answers(name))) for name in wanted}
         agent.send_signal(signal.SIGTERM)
-        agent.wait(timeout=10)
+        agent.wait(timeout=10 * PATIENCE)
         assert sorted(decode_reply(payload).id for payload in listener.all("reply")) == sorted(wanted)
     assert replies["again"].result["modules_ok"] is True
     errors = {name: reply.error for name, reply in replies.items() if not reply.ok}
@@ -168,7 +169,7 @@ def test_a_lesson_is_taken_back_and_sampling_is_kept_over_a_restart(field: Field
         write_frames(field.root / "frames", 1, 0, seed=3)
         listener.wait_for("result")
         agent.send_signal(signal.SIGTERM)
-        agent.wait(timeout=10)
+        agent.wait(timeout=10 * PATIENCE)
     with listen(broker_port, PREFIX) as listener, field.agent():
         status = ask(listener, "status", "st")
         assert status.result["sampling"]["results"] is True
@@ -211,7 +212,7 @@ def test_messages_wait_while_the_broker_is_away(field: Field, tmp_path):
             boot = decode_state(listener.wait_for("state", is_online)).boot
             listener.wait_for("event", is_event("confirmed"))
             agent.send_signal(signal.SIGTERM)
-            agent.wait(timeout=10)
+            agent.wait(timeout=10 * PATIENCE)
             require_no_gaps(listener, boot)
 
 
@@ -303,7 +304,7 @@ def test_update_says_why_the_agent_took_a_model_back(field: Field):
         wait_for(lambda: Slots(field.root).serving().release == 2)
         (field.root / "frames" / "color.part").write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
         (field.root / "frames" / "color.part").rename(field.root / "frames" / "color.ppm")
-        _, errors = asking.communicate(timeout=20)
+        _, errors = asking.communicate(timeout=20 * PATIENCE)
     assert asking.returncode == 5
     assert b"error: tiny 2.0.0 was taken back (frames): not one of 1 frames could be used" in errors
 
@@ -362,7 +363,7 @@ def test_stopping_the_whole_group_in_an_update_rejects_nothing(field: Field, num
         wait_for(lambda: Slots(field.root).state("b").state == "staged")
         time.sleep(0.1)  # the self-test is under way
         os.killpg(agent.pid, number)
-        assert agent.wait(timeout=10) == 0
+        assert agent.wait(timeout=10 * PATIENCE) == 0
     assert "Traceback" not in field.log
     assert {entry.state for entry in Slots(field.root).history()}.isdisjoint({"rejected"})
     with field.agent():
@@ -441,7 +442,7 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(idle_agent: Agent, monk
 
 
 def wait_for_log(field: Field, text: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * PATIENCE
     while text not in field.log:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{text!r} not in the agent's log:\n{field.log}")

@@ -15,6 +15,7 @@ from device.lock import LockOwner, agent_lock, lock_owner
 from device.slots import Slots
 from tests.support.agent import Field, run_cli, wait_for
 from tests.support.broker import find_free_port
+from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import LABELS, write_frames
 
 VERBS = ("run", "update", "status", "rollback", "infer", "selftest", "setup", "doctor")
@@ -95,7 +96,7 @@ def test_an_interrupted_update_is_one_line_and_leaves_nothing_half_done(field: F
     with field.start("update") as process:
         wait_for(lambda: Slots(field.root).state("a").state == "staged")
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=10 * PATIENCE)
     assert (process.returncode, output) == (130, b"")
     assert [line for line in errors.splitlines() if line.startswith(b"error: ")] == [b"error: interrupted"]
     assert b"Traceback" not in errors

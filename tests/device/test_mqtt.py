@@ -27,6 +27,7 @@ from device.mqtt import BACKOFF_S, Connection, backoff_s, probe
 from device.spool import LOW, Spool
 from tests.support.agent import PREFIX
 from tests.support.broker import amqtt, find_free_port, listen, mosquitto
+from tests.support.patience import PATIENCE
 from tests.support.site import make_site
 
 DEVICE = DeviceId("lab", "cam-1")
@@ -111,7 +112,7 @@ def test_only_own_commands_arrive_and_a_stop_says_goodbye(tmp_path: Path, broker
 
 
 def wait_until(condition, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -229,7 +230,7 @@ def scripted_broker(*answers: bytes) -> Iterator[tuple[int, list[int]]]:
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)
         server.close()
-        thread.join(timeout=10)
+        thread.join(timeout=10 * PATIENCE)
 
 
 GRANTED_5, GRANTED_311 = b"\x20\x03\x00\x00\x00", b"\x20\x02\x00\x00"

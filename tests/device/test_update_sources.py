@@ -18,6 +18,7 @@ from device.trusted_time import TrustedTime
 from device.updater import Updater
 from device.window import Schedule, Window
 from tests.support.agent import Field, wait_for
+from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import bundle_files, write_frames
 from tests.support.web import serve
 
@@ -152,7 +153,7 @@ def test_a_stop_ends_a_slow_transfer_at_once_and_keeps_what_came(field: Field):
             time.sleep(0.3)
             started = time.monotonic()
             agent.terminate()
-            agent.wait(timeout=10)
+            agent.wait(timeout=10 * PATIENCE)
             assert time.monotonic() - started < 5
         (part,) = (field.root / "downloads").iterdir()
         came = part.stat().st_size

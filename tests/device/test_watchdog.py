@@ -18,6 +18,7 @@ from device.slots import Slots
 from device.watchdog import HANG_EXIT_CODE, Heart, Pulse, Watchdog
 from tests.support.agent import REPO_ROOT, Field, wait_for
 from tests.support.notify import notify_socket
+from tests.support.patience import PATIENCE
 
 
 def is_ready(message: dict[str, str]) -> bool:
@@ -73,7 +74,9 @@ w.Watchdog({"it": w.Heart(silence_s=lambda: 0.0, limit_s=0.1)}, notifier=Notifie
 ctypes.PyDLL(None).sleep(20)  # holds the interpreter's lock
 """
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", script], cwd=REPO_ROOT, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPO_ROOT, capture_output=True, text=True, timeout=20 * PATIENCE
+    )
     assert result.returncode == 1
     assert "Timeout" in result.stderr
     assert time.monotonic() - started < 10
@@ -110,7 +113,7 @@ def test_the_agent_tells_the_supervisor_how_it_is(field: Field, tmp_path: Path):
         wait_for(lambda: Slots(field.root).fallback().release == 2)
         agent.send_signal(signal.SIGTERM)
         told.wait_for(lambda message: message.get("STOPPING") == "1")
-        assert agent.wait(timeout=10) == 0
+        assert agent.wait(timeout=10 * PATIENCE) == 0
     assert not (field.root / "running").exists()
 
 
@@ -126,7 +129,7 @@ def test_without_a_supervisor_the_agent_ends_itself_and_the_model_on_probation_g
     with field.agent(environment=environment_with(site)) as agent:
         wait_for(lambda: Slots(field.root).serving().release == 2)
         (field.root / "hang").touch()
-        assert agent.wait(timeout=10) == HANG_EXIT_CODE
+        assert agent.wait(timeout=10 * PATIENCE) == HANG_EXIT_CODE
     entry = Slots(field.root).state("b")
     assert (entry.state, entry.reason) == ("rejected", "hang")
     assert "the frame loop gave no sign of life for" in entry.detail
@@ -135,7 +138,7 @@ def test_without_a_supervisor_the_agent_ends_itself_and_the_model_on_probation_g
     with field.agent() as agent:
         wait_for(lambda: Slots(field.root).state("a").reason == "crashed")
         agent.send_signal(signal.SIGTERM)
-        assert agent.wait(timeout=10) == 0
+        assert agent.wait(timeout=10 * PATIENCE) == 0
     history = field.cli("status", "--history").stdout
     assert "rejected (hang)" in history
     assert "confirmed (crashed)" in history

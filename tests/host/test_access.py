@@ -7,7 +7,7 @@ what is delivered; a refused publish is told by MQTT 5's reason code, and what c
 import subprocess
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,13 @@ import pytest
 from device.config import BrokerConfig
 from device.contract.errors import BrokerError
 from device.contract.topics import KINDS, DeviceId
+from device.doctor import examine
+from device.doctor_checks import Finding
 from device.home_assistant import install_topic, node_id, state_topic
 from device.mqtt import Connection, probe
 from device.spool import Spool
-from host.fleet.authority import Authority, new_key, private_pem
+from host.fleet.authority import BROKER_DAYS, Authority, new_key, private_pem
+from host.fleet.site import Site
 from tests.support.site import SITE, RunningSite, running_site
 
 SETTLE_S = 0.5  # for what was said to arrive
@@ -171,6 +174,44 @@ def test_the_agent_s_own_connection_is_let_in_and_others_are_told(site, identiti
             probe(config, site.directory)
     with pytest.raises(BrokerError):
         probe(BrokerConfig(hostname="localhost", port=site.port, ca_file=str(site.authority)), site.directory)
+
+
+def test_a_running_broker_takes_a_new_certificate(site, identities, tmp_path):
+    known = {"ca_file": str(site.authority), "cert_file": str(identities["own"])}
+    broker = BrokerConfig(hostname="localhost", port=site.port, **known)
+    assert probe(broker, tmp_path) == site.site.broker_certificate.expires.timestamp()
+    open_before = site.hear(identities["monitor"], f"{SITE_TOPICS}/own/event")
+    time.sleep(SETTLE_S)
+    last_month = Site(site.site.directory, clock=lambda: datetime.now(UTC) - timedelta(days=30))
+    renewed = last_month.renew_broker()
+    assert site.site.reload_broker()
+    time.sleep(SETTLE_S)
+    assert probe(broker, tmp_path) == renewed.expires.timestamp()
+    assert site.say(identities["own"], f"{SITE_TOPICS}/own/event", "still here")
+    assert b"still here" in finish(open_before)
+
+
+def test_the_doctor_on_a_board_says_how_long_the_broker_s_certificate_is_good(site, identities, tmp_path):
+    (tmp_path / "agent.toml").write_text(
+        f'site = "{SITE}"\ndevice = "own"\nboard = "generic-x86-64"\n[broker]\nhostname = "localhost"\n'
+        f'port = {site.port}\nca_file = "{site.authority}"\ncert_file = "{identities["own"]}"\n'
+    )
+
+    def broker() -> Finding:
+        return next(finding for finding in examine(tmp_path) if finding.check == "broker")
+
+    assert broker().ok
+    nearly_over = datetime.now(UTC) - timedelta(days=BROKER_DAYS - 5)
+    Site(site.site.directory, clock=lambda: nearly_over).renew_broker()
+    try:
+        assert site.site.reload_broker()
+        time.sleep(SETTLE_S)
+        found = broker()
+    finally:
+        site.site.renew_broker()
+        site.site.reload_broker()
+    assert (found.ok, "valid for 5 more days" in found.text) == (False, True)
+    assert "fieldvit fleet renew-broker" in found.advice
 
 
 @pytest.mark.slow

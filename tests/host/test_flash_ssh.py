@@ -24,7 +24,7 @@ from host.bench.run import bench_files
 from host.errors import FleetError
 from host.files import sha256_of
 from host.fleet.flash import BoardSettings
-from host.fleet.flash_ssh import Outcome, flash_ssh, prepare_runtime
+from host.fleet.flash_ssh import Outcome, describe, flash_ssh, prepare_runtime
 from host.fleet.repository import UpdateRepository
 from host.fleet.runtime_wheel import build_runtime_wheel
 from host.fleet.ssh import DEFAULT_ROOT, Remote, Target
@@ -35,6 +35,14 @@ from tests.support.wheels import pack_wheel
 
 SETTINGS = BoardSettings(id=DeviceId("home", "cam-1"), board="generic-x86-64")
 BOARD_PYTHON = "/usr/bin/python3"
+
+
+def has_venv() -> bool:
+    check = "import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 11))"
+    return Path(BOARD_PYTHON).exists() and subprocess.run([BOARD_PYTHON, "-c", check]).returncode == 0
+
+
+needs_venv = pytest.mark.skipif(not has_venv(), reason="this system's own Python is not 3.11, or has no venv")
 
 
 @pytest.fixture(scope="module")
@@ -217,14 +225,10 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path(BOARD_PYTHON).exists(), reason="this system has no Python of its own")
+@needs_venv
 def test_a_board_from_nothing_to_a_model_that_is_taken_back(
     remote: Remote, server: SshServer, tmp_path: Path, wheels: Path, tiny_model: TinyModel
 ):
-    if subprocess.run(
-        [BOARD_PYTHON, "-c", "import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 11))"]
-    ).returncode:
-        pytest.skip("this system's Python is not 3.11, or has no venv")
     fleet = Fleet(tmp_path, tiny_model, remote)
     first = fleet.flash(fleet.publish(1), wheels)
     assert (first.is_runtime_changed, first.are_files_changed, first.is_updated) == (True, True, True)
@@ -267,6 +271,39 @@ def test_a_board_from_nothing_to_a_model_that_is_taken_back(
         assert status(fleet, server)["version"] == "2.0.0"
 
 
+@pytest.mark.slow
+@needs_venv
+def test_an_agent_that_runs_gets_the_new_runtime(
+    remote: Remote, server: SshServer, tmp_path: Path, wheels: Path, tiny_model: TinyModel
+):
+    """By hand, it is stopped; by a service, it is restarted, and one that does not come up gets the runtime before."""
+    fleet = Fleet(tmp_path, tiny_model, remote)
+    assert fleet.flash(fleet.publish(1), wheels).agent == {"agent": ""}
+    bundle, newer = fleet.publish(2), more_wheels(wheels, tmp_path / "newer", "iniconfig")
+    with running_agent(fleet, server):
+        done = fleet.flash(bundle, newer)
+        assert (done.is_runtime_changed, done.agent, done.model["version"]) == (True, {"agent": "stopped"}, "2.0.0")
+        assert "start it again" in describe(done, remote)[1]
+
+    with service(fleet, server) as programs:
+        done = fleet.flash(bundle, wheels)
+        assert (done.is_runtime_changed, done.agent) == (True, {"agent": "restarted"})
+        assert fleet.flash(bundle, wheels).agent == {"agent": ""}
+        before = os.readlink(fleet.root / "runtime" / "current")
+        (programs / "fails").touch()
+        with pytest.raises(FleetError, match="does not start with the new runtime, it has the one before again"):
+            fleet.flash(bundle, newer)
+        assert os.readlink(fleet.root / "runtime" / "current") == before
+        wait_for(lambda: bool(status(fleet, server)["running"]), timeout_s=30)
+
+
+def more_wheels(wheels: Path, directory: Path, name: str) -> Path:
+    """The same wheels and one more: another runtime."""
+    shutil.copytree(wheels, directory)
+    pack_wheel(metadata.distribution(name), directory)
+    return directory
+
+
 @contextmanager
 def running_agent(fleet: Fleet, server: SshServer) -> Iterator[None]:
     """The agent on the board, with a camera whose frames no model can use."""
@@ -292,6 +329,44 @@ def running_agent(fleet: Fleet, server: SshServer) -> Iterator[None]:
         camera.join()
         server.run("kill", re.search(r"process (\d+)", (fleet.root / "agent.lock").read_text())[1])
         process.wait(timeout=20)
+
+
+SYSTEMCTL = """#!/bin/sh
+# what of systemd flashing asks for, where systemd does not run: a service with one main process
+cd "$(dirname "$0")"
+case "$*" in
+*show*) cat pid; exit ;;
+esac
+[ -s pid ] && kill "$(cat pid)" && while kill -0 "$(cat pid)"; do sleep 0.1; done
+[ -e fails ] && rm fails && exit 1
+cd ROOT && ROOT/runtime/current/bin/python -m device.cli run --root ROOT > /dev/null 2>&1 < /dev/null &
+echo $! > pid
+"""
+
+
+@contextmanager
+def service(fleet: Fleet, server: SshServer) -> Iterator[Path]:
+    """The agent as the main process of a service; a file `fails` beside `systemctl` has the next start fail, once."""
+    programs = server.home / "programs"
+    programs.mkdir()
+    write_program(programs / "systemctl", SYSTEMCTL.replace("ROOT", str(fleet.root)))
+    write_program(programs / "python", f'#!/bin/sh\nPATH={programs}:$PATH exec {BOARD_PYTHON} "$@"\n')
+    (programs / "pid").touch()
+    shutil.chown(programs, server.user)
+    shutil.chown(programs / "pid", server.user)
+    remote, fleet.remote = fleet.remote, replace(fleet.remote, python=str(programs / "python"))
+    try:
+        assert server.run("env", "-u", "PYTHONPATH", str(programs / "systemctl"), "restart").returncode == 0
+        wait_for(lambda: bool(status(fleet, server)["running"]), timeout_s=30)
+        yield programs
+    finally:
+        fleet.remote = remote
+        server.run("kill", (programs / "pid").read_text().strip())
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 def make_frames(directory: Path, stop: threading.Event) -> None:

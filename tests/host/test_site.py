@@ -1,9 +1,11 @@
 """A site from its making to a board that is told what to do: verbs, files, and everything over TLS with real processes."""
 
 import json
+import ssl
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import pytest
 from device.contract.topics import DeviceId
 from device.identity import enrol
 from host.cli import main, parse_broker
+from host.doctor import diagnose
 from host.errors import FleetError, MonitorError, RecipeError
+from host.fleet.authority import BROKER_DAYS
 from host.fleet.broker_files import access_rules
 from host.fleet.commands import Commander, parse_arguments, take_image
 from host.fleet.enrolment import serve_enrolment
@@ -55,6 +59,27 @@ def test_verbs_make_a_site_let_a_board_in_and_shut_it_out(capsys, tmp_path: Path
     ):
         code, _, said = run(capsys, "fleet", *bad, "--sites", sites)
         assert (code, said.count("\n")) == (15, 1)
+
+
+def test_the_broker_s_certificate_is_shown_and_renewed_for_the_key_it_has(capsys, tmp_path: Path):
+    site = create_site(tmp_path / "lab", SiteSettings(site="lab", broker_hostname="broker.local"))
+    key, first = (tmp_path / "lab" / "broker" / "broker.key").read_bytes(), site.broker_certificate
+    nearly_over = datetime.now(UTC) - timedelta(days=BROKER_DAYS - 30)
+    old = Site(site.directory, clock=lambda: nearly_over).renew_broker()
+    assert [(row.name, row.ok) for row in diagnose(tmp_path) if row.name.startswith("site")] == [("site lab", False)]
+    assert f"{old.expires:%Y-%m-%d}" in run(capsys, "fleet", "list", "lab", "--sites", tmp_path)[1]
+
+    code, said, _ = run(capsys, "fleet", "renew-broker", "lab", "--sites", tmp_path)
+    assert (code, "reload the broker, so that it takes it" in said) == (0, True)
+    listed = json.loads(run(capsys, "fleet", "list", "lab", "--json", "--sites", tmp_path)[1])["broker"]
+    assert listed["expires"] == site.broker_certificate.expires.timestamp() >= first.expires.timestamp()
+    assert len({listed["serial"], first.serial, old.serial}) == 3
+    assert (tmp_path / "lab" / "broker" / "broker.key").read_bytes() == key
+    ssl.create_default_context().load_cert_chain(tmp_path / "lab/broker/broker.pem", tmp_path / "lab/broker/broker.key")
+    assert [row.ok for row in diagnose(tmp_path) if row.name == "site lab"] == [True]
+
+    (tmp_path / "lab" / "broker" / "broker.key").write_text("nothing")
+    assert "broker.key: no usable key" in run(capsys, "fleet", "renew-broker", "lab", "--sites", tmp_path)[2]
 
 
 def test_secrets_are_their_owner_s_and_a_site_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from device.last_run import kernel_boot_id
 from host.fleet.repository import UpdateRepository
+from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import TinyModel, write_bundle
 
 REPO_ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ class Field:
         finally:
             if process.poll() is None:
                 process.kill()
-            process.wait(timeout=10)
+            process.wait(timeout=10 * PATIENCE)
 
     def lose_power(self) -> None:
         """After a kill: the next start finds another kernel, so no crash of the agent is counted."""
@@ -103,6 +104,7 @@ class Field:
 
 def wait_for(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
     """Wait until something is so."""
+    timeout_s *= PATIENCE
     deadline = time.monotonic() + timeout_s
     while not is_true():
         if time.monotonic() > deadline:
@@ -112,6 +114,7 @@ def wait_for(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
 
 def run_cli(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     """Run `fieldvit-device` in a process of its own."""
+    timeout_s *= PATIENCE
     return subprocess.run(
         _command(*arguments), cwd=REPO_ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
     )

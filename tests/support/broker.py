@@ -16,6 +16,8 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 
+from tests.support.patience import PATIENCE
+
 
 def find_free_port() -> int:
     with socket.socket() as probe:
@@ -43,7 +45,7 @@ def mosquitto(directory: Path, port: int = 0, *, extra: str = "allow_anonymous t
         yield port
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=10 * PATIENCE)
 
 
 @contextmanager
@@ -65,17 +67,18 @@ def amqtt() -> Iterator[int]:
         await broker.start()
         return broker
 
-    broker = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+    broker = asyncio.run_coroutine_threadsafe(start(), loop).result(20 * PATIENCE)
     try:
         yield port
     finally:
-        asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result(20)
+        asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result(20 * PATIENCE)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=10)
         loop.close()
 
 
 def wait_until_listening(port: int, timeout_s: float = 10) -> None:
+    timeout_s *= PATIENCE
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -95,10 +98,11 @@ class Listener:
     _new: threading.Condition = field(default_factory=threading.Condition)
 
     def send(self, payload: bytes) -> None:
-        self.client.publish(f"{self.prefix}/command", payload, qos=1).wait_for_publish(5)
+        self.client.publish(f"{self.prefix}/command", payload, qos=1).wait_for_publish(5 * PATIENCE)
 
     def wait_for(self, kind: str, matches: Callable[[bytes], Any] = lambda _: True, timeout_s: float = 20) -> bytes:
         """The first payload of that kind that matches, heard already or to come."""
+        timeout_s *= PATIENCE
         deadline = time.monotonic() + timeout_s
         with self._new:
             while True:
@@ -129,7 +133,7 @@ def listen(port: int, prefix: str, client_id: str = "") -> Iterator[Listener]:
     client.subscribe(f"{prefix}/#", qos=1)
     client.loop_start()
     try:
-        assert subscribed.wait(10)
+        assert subscribed.wait(10 * PATIENCE)
         yield listener
     finally:
         client.disconnect()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.patience import PATIENCE
+
 
 class NotifySocket:
     """Receives what a service says of itself."""
@@ -26,6 +28,7 @@ class NotifySocket:
 
     def wait_for(self, is_wanted: Callable[[dict[str, str]], bool], timeout_s: float = 20) -> dict[str, str]:
         """The next message of that kind."""
+        timeout_s *= PATIENCE
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             self._socket.settimeout(left_s)

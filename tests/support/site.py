@@ -16,6 +16,7 @@ from host.fleet.enrolment import serve_enrolment
 from host.fleet.site import Site, SiteSettings, create_site
 from host.monitor.broker import find_mosquitto
 from tests.support.broker import find_free_port, wait_until_listening
+from tests.support.patience import PATIENCE
 
 SITE = "lab"
 
@@ -50,7 +51,7 @@ class RunningSite:
     def say(self, identity: Path | None, topic: str, text: str, *, extra: tuple[str, ...] = ()) -> bool:
         """Run `mosquitto_pub` once, with MQTT 5, so that a refusal is told; returns whether the broker took it."""
         command = self.command("mosquitto_pub", identity, ["-q", "1", "-t", topic, "-m", text, *extra])
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20 * PATIENCE, check=False)
         return done.returncode == 0 and "failed" not in done.stderr
 
     def command(self, program: str, identity: Path | None, options: list[str]) -> list[str]:
@@ -86,4 +87,4 @@ def running_site(directory: Path) -> Iterator[RunningSite]:
         yield RunningSite(site, directory, site.settings.broker_port, process)
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=10 * PATIENCE)

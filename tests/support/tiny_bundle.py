@@ -5,6 +5,7 @@ Converted once per test session with litert-torch; bundles of any version, and d
 
 import hashlib
 import io
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ import numpy as np
 
 from device.contract.manifest import Artifact, FileEntry, InputSpec, LearningSpec, Manifest
 from device.engine import Engine
-from device.golden import read_arrays
 from device.learning.slda import SLDA
 from device.preprocess import preprocess
 
@@ -95,23 +95,23 @@ def convert_tiny_model(directory: Path) -> TinyModel:
     )
 
 
-def save_tiny_model(model: TinyModel, directory: Path) -> None:
-    """Keep a converted model for environments that cannot convert one."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (("tiny.tflite", model.tflite), ("newer.tflite", model.newer)):
-        (directory / name).write_bytes(content)
-    for name, arrays in (("head.npz", model.head), ("golden.npz", model.golden)):
-        (directory / name).write_bytes(_npz(arrays))
+def save_tiny_model(model: TinyModel, path: Path) -> None:
+    """Write the model for `ready_tiny_model` elsewhere."""
+    arrays = {f"{part}:{name}": a for part in ("head", "golden") for name, a in getattr(model, part).items()}
+    files = {name: np.frombuffer(getattr(model, name), np.uint8) for name in ("tflite", "newer")}
+    np.savez(path, **files, **arrays)  # type: ignore[arg-type]
 
 
-def load_tiny_model(directory: Path) -> TinyModel:
-    """What `save_tiny_model` kept: head and golden outputs are those of the runtime it was converted for."""
-    return TinyModel(
-        tflite=(directory / "tiny.tflite").read_bytes(),
-        newer=(directory / "newer.tflite").read_bytes(),
-        head=read_arrays(directory / "head.npz"),
-        golden=read_arrays(directory / "golden.npz"),
-    )
+def ready_tiny_model() -> TinyModel | None:
+    """The model from the file that FIELDVIT_TINY_MODEL names, where no converter is installed; None without it."""
+    if not (path := os.environ.get("FIELDVIT_TINY_MODEL")):
+        return None
+    with np.load(path) as arrays:
+        parts = {
+            part: {name.partition(":")[2]: arrays[name] for name in arrays if name.startswith(f"{part}:")}
+            for part in ("head", "golden")
+        }
+        return TinyModel(tflite=arrays["tflite"].tobytes(), newer=arrays["newer"].tobytes(), **parts)
 
 
 def bundle_files(model: TinyModel) -> dict[str, bytes]:
