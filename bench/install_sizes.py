@@ -6,6 +6,8 @@ Counts `site-packages` of `.venv` and `.venv-device` without pip, setuptools and
 """
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.record import write_results
@@ -19,7 +21,13 @@ def main() -> int:
     rows = []
     for directory, extra in ENVIRONMENTS.items():
         (site_packages,) = (ROOT / directory).glob("lib/python*/site-packages")
-        rows.append({"environment": directory, "installs": extra, "megabytes": round(_bytes(site_packages) / 1e6)})
+        rows.append(
+            {
+                "environment": directory,
+                "installs": extra,
+                "megabytes": round(sum(path.stat().st_size for path in _files(site_packages)) / 1e6),
+            }
+        )
     write_results(
         "install_sizes",
         command="python -m bench.install_sizes",
@@ -33,9 +41,18 @@ def main() -> int:
     return 0
 
 
-def _bytes(site_packages: Path) -> int:
-    return sum(
-        path.stat().st_size
+def device_packages() -> dict[str, int]:
+    """Bytes of each package that the device environment holds, by the name of its folder."""
+    (site_packages,) = (ROOT / ".venv-device").glob("lib/python*/site-packages")
+    sizes: Counter[str] = Counter()
+    for path in _files(site_packages):
+        sizes[path.relative_to(site_packages).parts[0].split("-")[0].removesuffix(".py")] += path.stat().st_size
+    return dict(sizes)
+
+
+def _files(site_packages: Path) -> Iterator[Path]:
+    return (
+        path
         for path in site_packages.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not _is_tool(path.relative_to(site_packages).parts[0])
     )

@@ -6,28 +6,26 @@ Threads: `MainThread` reads and classifies frames; `mqtt` owns the connection; `
 
 import json
 import logging
+import os
+import sys
 import threading
 import time
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from device.commands import Commands, Handler
-from device.config import AgentConfig, resolve_runtime
+from device.config import AgentConfig, BrokerConfig, resolve_runtime
 from device.contract.board import Board
 from device.contract.errors import ConfigError, DeviceError, EngineError, FrameError, one_line
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
 from device.contract.records import to_table
+from device.credentials import check_credentials
 from device.diagnostics import ErrorLog, diagnose
 from device.frames import Frame
-from device.home_assistant import INSTALL, discovery, install_topic, state_topic, update_state
-from device.identity import renew_if_due
 from device.last_run import begin_run, end_run, last_crash
 from device.learned import remove_stale
-from device.metrics import MetricsServer
 from device.modules import forbidden_modules
-from device.mqtt import Companion, Connection
 from device.notify import Supervisor
 from device.reporter import Reporter, agent_version
 from device.sampling import Sampling, SamplingChange, SamplingStore
@@ -41,6 +39,10 @@ from device.updater import Updater
 from device.verbs import Verbs, status_table
 from device.watchdog import Heart, Pulse, Watchdog
 
+if TYPE_CHECKING:
+    from device.metrics import MetricsServer
+    from device.mqtt import Companion, Connection
+
 FLUSH_S = 2.0
 DRIFT_ALARM = 1.0
 """Mean shift of the features, in standard deviations, that is reported as an event; not calibrated per model."""
@@ -50,6 +52,9 @@ START_S = 120.0
 HANG_LOCK_S = 5.0
 RELOAD_S = 30.0
 """How often a model that could not be loaded, though its files are whole, is tried again."""
+
+SWITCH_S = 0.0005
+"""How long another thread may keep the frame loop from going on after NumPy or LiteRT; Python's 5 ms come several times a frame."""
 
 RENEWAL_CHECK_S = 6 * 3600.0
 """How often the agent looks whether its certificate should be renewed; a failed attempt waits as long."""
@@ -82,7 +87,7 @@ class Agent:
         self._pulse = Pulse()
         self._runtime = runtime = resolve_runtime(board, config.runtime)
         self._spool = Spool(root / "spool.db", max_bytes=runtime.spool_bytes, max_age_s=runtime.spool_age_s)
-        self._reporter = Reporter(config.id, board.name, uuid.uuid4().hex[:16], self._spool)
+        self._reporter = Reporter(config.id, board.name, os.urandom(8).hex(), self._spool)
         self._slots = Slots(root)
         self._serving = Serving(self._slots, runtime, budget=board.budget)
         self._source = open_source(config.source, root)
@@ -111,8 +116,10 @@ class Agent:
             refused=config.refused_commands,
             was_done=self._verbs.was_done,
         )
-        self._connection = self._make_connection()
-        self._metrics = MetricsServer(config.metrics, self.status) if config.metrics else None
+        self._connection: Connection | None = None
+        if config.broker:
+            check_credentials(config.broker, root)
+        self._metrics = self._make_metrics()
         self._status_lock = threading.Lock()
         self._is_reload_asked = False
         self._reported_model: Model | None = None
@@ -134,6 +141,7 @@ class Agent:
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
         logging.getLogger().addHandler(self._log)
+        sys.setswitchinterval(SWITCH_S)
         try:
             return self._serve()
         finally:
@@ -149,8 +157,6 @@ class Agent:
         watchdog.start()
         self._serving.start()
         self._commands.start()
-        if self._connection:
-            self._connection.start()
         if self._metrics:
             self._metrics.start()
         self._source.start()
@@ -254,9 +260,11 @@ class Agent:
         """One look at the frame source."""
         self._tick()
         model = self._serving.model
+        has_new = model is not None and self._classify_new_frames(model)
+        self._connect()
         if model is None:
             self._stop.wait(self._config.source.poll_s)
-        elif not self._classify_new_frames(model):
+        elif not has_new:
             self._source.wait(self._config.source.poll_s, self._stop)
 
     def _classify_new_frames(self, model: Model) -> bool:
@@ -265,6 +273,7 @@ class Agent:
         for frame in self._source.poll(model.manifest.input.channels):
             has_new = True
             self._process(model, frame)
+            self._connect()
             self._tick()
             if self._stop.is_set() or self._serving.model is not model:
                 break
@@ -356,6 +365,8 @@ class Agent:
 
     def _renew_certificate(self) -> None:
         """In a worker: the connection takes the new certificate when it connects next."""
+        from device.identity import renew_if_due  # here: the first frame need not wait for it
+
         try:
             renew_if_due(self._root)
         except DeviceError as error:
@@ -467,11 +478,17 @@ class Agent:
             except OSError as error:  # a full disk must not stop inference
                 log.warning("agent.json cannot be written: %s", error)
 
-    def _make_connection(self) -> Connection | None:
-        if self._config.broker is None:
-            return None
+    def _connect(self) -> None:
+        """Begin to talk, once: after the first frame, or where none is there; an answer does not wait for the network."""
+        if self._connection is None and self._config.broker:
+            self._connection = self._make_connection(self._config.broker)
+            self._connection.start()
+
+    def _make_connection(self, broker: BrokerConfig) -> "Connection":
+        from device.mqtt import Connection  # here: it takes as long to load as a frame
+
         return Connection(
-            self._config.broker,
+            broker,
             base=self._root,
             device=self._config.id,
             spool=self._spool,
@@ -482,11 +499,21 @@ class Agent:
             on_frame=self._source.receive if isinstance(self._source, MessageSource) else None,
         )
 
-    def _make_companion(self) -> Companion | None:
+    def _make_metrics(self) -> "MetricsServer | None":
+        if self._config.metrics is None:
+            return None
+        from device.metrics import MetricsServer  # here: a web server is much to load for a board that wants none
+
+        return MetricsServer(self._config.metrics, self.status)
+
+    def _make_companion(self) -> "Companion | None":
         """Home Assistant, where it is configured."""
         wanted, device = self._config.home_assistant, self._config.id
         if not wanted.enabled:
             return None
+        from device.home_assistant import INSTALL, discovery, install_topic, state_topic
+        from device.mqtt import Companion
+
         found = list(
             discovery(device, prefix=wanted.prefix, board=self._profile.description, agent_version=agent_version())
         )
@@ -497,6 +524,8 @@ class Agent:
         )
 
     def _update_state(self) -> bytes:
+        from device.home_assistant import update_state
+
         serving, confirmed = self._slots.serving(), self._slots.fallback()
         return update_state(
             confirmed.version if confirmed else "",

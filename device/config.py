@@ -55,7 +55,6 @@ port = 9477
 enabled = true
 """
 
-import ipaddress
 import os
 import sys
 import tomllib
@@ -246,6 +245,8 @@ class MetricsConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"metrics.port must be 1..65535, got {self.port}")
+        import ipaddress  # here: few boards have a metrics port
+
         try:
             is_local = ipaddress.ip_address(self.address).is_loopback
         except ValueError as error:

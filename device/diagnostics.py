@@ -5,19 +5,15 @@ No configuration value is in it but names and numbers, and of log lines only the
 
 import logging
 import os
-import platform
 import shutil
-import ssl
 import sys
 import threading
 import time
 from collections import deque
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from device.contract.errors import DeviceError
-from device.identity import read_enrolment
 from device.telemetry import memory_bytes, peak_memory_bytes, soc_temp_celsius
 
 ERRORS_KEPT = 20
@@ -69,6 +65,10 @@ def diagnose(root: Path, errors: ErrorLog) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
+    import platform  # here: an agent that nobody asks need not load this
+    import ssl
+    from importlib import metadata
+
     found = {"python": platform.python_version(), "openssl": ssl.OPENSSL_VERSION, "system": platform.platform()[:100]}
     for package in _PACKAGES:
         try:
@@ -86,6 +86,8 @@ def _open_files() -> int | None:
 
 
 def _certificate_expires(root: Path) -> float | None:
+    from device.identity import read_enrolment
+
     try:
         enrolment = read_enrolment(root)
     except DeviceError:

@@ -18,7 +18,6 @@ connect one message goes ahead of the others to find out. MQTT 3.1.1 cannot tell
 
 import logging
 import random
-import ssl
 import threading
 import time
 from collections import deque
@@ -34,9 +33,10 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.config import BrokerConfig
-from device.contract.errors import BrokerError, ConfigError
+from device.contract.errors import BrokerError
 from device.contract.messages import MAX_PAYLOAD_BYTES
 from device.contract.topics import DeviceId
+from device.credentials import read_password, tls_context
 from device.flight import MAX_MESSAGES, Flight
 from device.spool import Message, Spool, SpoolError
 
@@ -381,7 +381,7 @@ def create_client(
     if config.username is not None:
         client.username_pw_set(config.username, read_password(config, base))
     if config.ca_file is not None:
-        client.tls_set_context(_tls_context(config, base))
+        client.tls_set_context(tls_context(config, base))
     return client
 
 
@@ -397,37 +397,6 @@ def connect(client: paho.Client, config: BrokerConfig, protocol: MQTTProtocolVer
     client.connect(
         config.hostname, config.port, config.keepalive_s, clean_start=not is_persistent, properties=properties
     )
-
-
-def _tls_context(config: BrokerConfig, base: Path) -> ssl.SSLContext:
-    """The broker must be one of `ca_file`'s, and have the name that we call it by."""
-    path, what = base / str(config.ca_file), "the broker's CA certificates cannot be read ({}); see broker.ca_file"
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(path)
-        if config.cert_file is not None:
-            path = base / config.cert_file
-            what = "this board's certificate or key cannot be used ({}); see broker.cert_file and key_file"
-            context.load_cert_chain(path, base / config.key_file if config.key_file else None, _no_passphrase)
-    except (OSError, ValueError) as error:  # an SSLError is an OSError
-        raise ConfigError(f"{path}: {what.format(error)}") from error
-    return context
-
-
-def _no_passphrase() -> str:
-    raise ValueError("the key has a passphrase, which an agent that starts alone cannot give")
-
-
-def read_password(config: BrokerConfig, base: Path) -> str | None:
-    """The password's file content without its line end; ConfigError when it cannot be read."""
-    if config.password_file is None:
-        return None
-    path = base / config.password_file
-    try:
-        return path.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the broker password cannot be read ({error}); see broker.password_file") from error
 
 
 def probe(config: BrokerConfig, base: Path) -> float | None:
@@ -472,6 +441,8 @@ def _login(config: BrokerConfig, base: Path, protocol: MQTTProtocolVersion) -> t
 
 def _certificate_end(connection: object) -> float | None:
     """When the certificate at the other end expires, in Unix seconds; None without TLS."""
+    import ssl  # here: a board that talks to a broker beside it needs none
+
     if not isinstance(connection, ssl.SSLSocket) or not (certificate := connection.getpeercert()):
         return None
     return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))

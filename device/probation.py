@@ -6,7 +6,8 @@ that is too slow, or takes more memory, for as long as `SUSTAINED` windows goes.
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
+
+import numpy as np
 
 from device.contract.board import Budget
 
@@ -46,7 +47,7 @@ class Probation:
         self._latencies_ms.append(latency_ms)
         if self.budget and self.good_frames % WINDOW_FRAMES == 0:
             window = list(self._latencies_ms)[-WINDOW_FRAMES:]
-            self._slow_windows = self._slow_windows + 1 if median(window) > self.budget.latency_ms else 0
+            self._slow_windows = self._slow_windows + 1 if np.median(window) > self.budget.latency_ms else 0
 
     def count_bad_frame(self, problem: str) -> None:
         self.bad_frames += 1
@@ -69,7 +70,7 @@ class Probation:
         if self.budget is None:
             return ""
         if self._latencies_ms and (self._slow_windows >= SUSTAINED or is_over):
-            p50 = median(self._latencies_ms)
+            p50 = float(np.median(self._latencies_ms))
             if p50 > self.budget.latency_ms:
                 return f"{p50:.1f} ms a frame (p50 of the last {len(self._latencies_ms)}), {self.budget.latency_ms:.1f} are allowed"
         if self._hungry_looks >= MEMORY_LOOKS or (self._hungry_looks and is_over):

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from functools import cache
 from typing import Any
 
 from device.contract.messages import Event, ModelState, State, Telemetry, encode_event, encode_state, encode_telemetry
@@ -127,8 +127,11 @@ def model_state(model: Model) -> ModelState:
     )
 
 
+@cache
 def agent_version() -> str:
     """The installed distribution's version; "unknown" when the agent runs from a source tree."""
+    from importlib import metadata  # here: the first frame need not wait for it
+
     try:
         return metadata.version("fieldvit")
     except metadata.PackageNotFoundError:

@@ -5,8 +5,8 @@
 Checks every file of the slot against its manifest, loads the model, compares the golden outputs, and measures latency and
 peak memory. Exit code 0 and a report on standard output, or one `error: ...` line and the error's exit code.
 
-The child has a session of its own: Ctrl-C in a terminal, or a signal to the agent's group, must not look like a model that
-crashed. So that it does not outlive an agent that was killed, the child ends when its standard input does
+The child has a process group of its own: Ctrl-C in a terminal, or a signal to the agent's group, must not look like a model
+that crashed. So that it does not outlive an agent that was killed, the child ends when its standard input does
 (`--end-with-parent`), and after `--timeout` seconds in any case.
 """
 
@@ -101,7 +101,7 @@ def _child(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     read_end, write_end = os.pipe()
     try:
         with subprocess.Popen(
-            command, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
         ) as child:
             try:
                 yield child

@@ -6,8 +6,8 @@ The profiles are data, one TOML per board in `firmware_configs/`. Each figure in
 import re
 import tomllib
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from device.contract.errors import ConfigError
@@ -143,5 +143,7 @@ def parse_board(name: str, table: dict[str, Any]) -> Board:
     return board
 
 
-def _profiles() -> Traversable:
-    return resources.files(PROFILES)
+def _profiles() -> Path:
+    spec = find_spec(PROFILES)
+    (directory, *_) = (spec and spec.submodule_search_locations) or ["firmware_configs"]
+    return Path(directory)

@@ -53,7 +53,8 @@ def verify_directory(directory: Path) -> Manifest:
         path = directory / name
         if not path.is_file():
             raise ArtifactError(f"{directory}: {name} is missing; install the bundle again")
-        _require_match(name, path.read_bytes(), entry)
+        with path.open("rb") as file:  # in parts: a model read whole would stay in the process as free memory
+            _require_digest(name, hashlib.file_digest(file, "sha256").hexdigest(), entry)
     return manifest
 
 
@@ -85,12 +86,11 @@ def _read_listed(bundle: Path, member: Member, entry: FileEntry) -> bytes:
             f"{member.name}: {member.bytes} bytes in the bundle, {entry.bytes} in its manifest; copy it again"
         )
     content = read_member(bundle, member)
-    _require_match(member.name, content, entry)
+    _require_digest(member.name, hashlib.sha256(content).hexdigest(), entry)
     return content
 
 
-def _require_match(name: str, content: bytes, entry: FileEntry) -> None:
-    actual = hashlib.sha256(content).hexdigest()
+def _require_digest(name: str, actual: str, entry: FileEntry) -> None:
     if actual != entry.sha256:
         raise ChecksumError(name, expected=entry.sha256, actual=actual)
 

@@ -101,7 +101,7 @@ class SLDA:
         means = self.sums / np.maximum(self.counts, 1)[:, None]  # [K, D]
         centre = means[taught].mean(axis=0) if taught.any() else np.zeros(self.feature_dim)
         offsets = np.where(taught[:, None], means - centre, 0)  # [K, D]
-        weight = self._precision() @ offsets.T  # [D, K]
+        weight = np.linalg.solve(self._shrunken(), offsets.T)  # [D, K]
         bias = -0.5 * ((means + centre).T * weight).sum(axis=0)  # [K]
         bias[~taught] = UNTAUGHT_BIAS
         return weight.astype(np.float32), bias.astype(np.float32)
@@ -138,13 +138,14 @@ class SLDA:
             raise LearningError("SLDA state: sums and gram must be finite numbers")
         self.counts, self.sums, self.gram = counts.astype(np.int64), sums.astype(np.float64), gram.astype(np.float64)
 
-    def _precision(self) -> np.ndarray:
-        """Inverse of the shrunken covariance [D, D]; eigenvalues below the floor are rounding and are raised to it."""
-        variances, directions = np.linalg.eigh(self.covariance())
-        variances = np.maximum(variances, 0)
+    def _shrunken(self) -> np.ndarray:
+        """The shrunken covariance [D, D]; the floor is above what rounding may have made negative."""
+        covariance = self.covariance()
+        mean_variance = max(float(np.trace(covariance)), 0.0) / self.feature_dim
         floor = VARIANCE_FLOOR + _ROUNDING * np.trace(self.gram) / max(int(self.counts.sum()), 1)
-        shrunken = (1 - self.shrinkage) * variances + self.shrinkage * variances.mean() + floor
-        return np.asarray((directions / shrunken) @ directions.T)
+        shrunken = (1 - self.shrinkage) * covariance
+        shrunken[np.diag_indices(self.feature_dim)] += self.shrinkage * mean_variance + floor
+        return np.asarray(shrunken)
 
     def _require_features(self, features: np.ndarray) -> np.ndarray:
         features = np.asarray(features, dtype=np.float64)

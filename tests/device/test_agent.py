@@ -456,7 +456,7 @@ def test_a_certificate_that_cannot_be_renewed_is_reported_once(idle_agent: Agent
         if outcome := outcomes.pop(0):
             raise outcome
 
-    monkeypatch.setattr("device.app.renew_if_due", renew)
+    monkeypatch.setattr("device.identity.renew_if_due", renew)
     for _ in range(4):
         idle_agent._renew_certificate()
     events = [decode_event(message.payload) for message in idle_agent._spool.pending(0, 9)]
