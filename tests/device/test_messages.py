@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device.contract.errors import MessageError
@@ -80,6 +80,7 @@ replies = st.builds(Reply, id=text, ok=st.booleans(), result=tables, error=st.no
 results = st.builds(Result, frame_id=text, label=text, confidence=number, time=times)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine the first draw takes seconds
 @given(states, commands, replies, results)
 def test_records_come_back_as_they_were_sent(state, command, reply, result):
     assert decode_state(encode_state(state)) == state
