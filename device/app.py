@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from device.ask import Asked
 from device.commands import Commands, Handler, one_line
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
@@ -36,7 +37,7 @@ from device.slots import NAMES, Slots
 from device.snapshot import take_snapshot
 from device.spool import Spool
 from device.updater import Updater
-from device.verbs import Verbs, status_table
+from device.verbs import Verbs, status_table, unknown_to
 from device.watchdog import Heart, Pulse, Watchdog
 
 FLUSH_S = 2.0
@@ -48,6 +49,9 @@ START_S = 120.0
 HANG_LOCK_S = 5.0
 RELOAD_S = 30.0
 """How often a model that could not be loaded, though its files are whole, is tried again."""
+
+ASKED_S = 0.2
+"""How often the agent looks whether a shell on this board asks for something."""
 
 RENEWAL_CHECK_S = 6 * 3600.0
 """How often the agent looks whether its certificate should be renewed; a failed attempt waits as long."""
@@ -89,7 +93,9 @@ class Agent:
             config.update.source,
             slots=self._slots,
             serving=self._serving,
-            updater=Updater(root, config, board, self._slots, stop=stop, report=self._reporter.event),
+            updater=Updater(
+                root, config, board, self._slots, learned=self._serving, stop=stop, report=self._reporter.event
+            ),
             reporter=self._reporter,
             announce=self._announce,
         )
@@ -109,6 +115,7 @@ class Agent:
             refused=config.refused_commands,
             was_done=self._verbs.was_done,
         )
+        self._asked = Asked(root, self._commands.ask)
         self._connection = self._make_connection()
         self._metrics = MetricsServer(config.metrics, self.status) if config.metrics else None
         self._status_lock = threading.Lock()
@@ -125,7 +132,7 @@ class Agent:
         self._next_frame, self._next_telemetry = now, now + self._sampling.current.telemetry_interval_s
         self._next_check = now + config.update.check_interval_s
         self._next_load = now + RELOAD_S
-        self._next_renewal = now
+        self._next_renewal = self._next_asked = now
 
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
@@ -313,6 +320,9 @@ class Agent:
         if self._config.update.check_interval_s and now >= self._next_check:
             self._next_check = now + self._config.update.check_interval_s
             self._check_for_update()
+        if now >= self._next_asked:
+            self._next_asked = now + ASKED_S
+            self._asked.poll()
         if now >= self._next_renewal:
             self._next_renewal = now + RENEWAL_CHECK_S
             self._commands.updates.submit(self._renew_certificate)
@@ -349,7 +359,10 @@ class Agent:
     def _report_new_model(self) -> None:
         if self._reported_model:
             self._report_window(self._reported_model)
-        model = self._reported_model = self._serving.model
+        before, model = self._reported_model, self._serving.model
+        self._reported_model = model
+        if not self._serving.is_testing and (lost := unknown_to(model, before)):
+            self._reporter.event("unlearned", reason="went-back", labels=lost)
         remove_stale(self._root / "state", [self._slots.directory(slot) for slot in NAMES])
         if model is None:
             self._check_for_update()

@@ -32,6 +32,7 @@ EVENT_KINDS = (
     "drift",
     "learned",
     "unlearned",
+    "migrated",
     "error",
 )
 VERBS = (

@@ -5,14 +5,29 @@ from pathlib import Path
 
 import pytest
 
+from device.contract.manifest import ProjectorEntry
 from tests.support.agent import Field
 from tests.support.broker import mosquitto
-from tests.support.tiny_bundle import TinyModel, convert_tiny_model
+from tests.support.tiny_bundle import TinyModel, convert_tiny_model, projector_between
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return convert_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """The same task with another backbone."""
+    return convert_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def projector(
+    tiny_model: TinyModel, other_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ProjectorEntry, bytes]:
+    """From the tiny model's features to the other's."""
+    return projector_between(tiny_model, other_model, tmp_path_factory.mktemp("projector"))
 
 
 @pytest.fixture
