@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from device.ask import Asked
 from device.commands import Commands, Handler
 from device.config import AgentConfig, BrokerConfig, resolve_runtime
 from device.contract.board import Board
@@ -36,7 +37,7 @@ from device.sources.messages import MessageSource
 from device.sources.open import open_source
 from device.spool import Spool
 from device.updater import Updater
-from device.verbs import Verbs, status_table
+from device.verbs import Verbs, status_table, unknown_to
 from device.watchdog import Heart, Pulse, Watchdog
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ RELOAD_S = 30.0
 
 SWITCH_S = 0.0005
 """How long another thread may keep the frame loop from going on after NumPy or LiteRT; Python's 5 ms come several times a frame."""
+ASKED_S = 0.2
+"""How often the agent looks whether a shell on this board asks for something."""
 
 RENEWAL_CHECK_S = 6 * 3600.0
 """How often the agent looks whether its certificate should be renewed; a failed attempt waits as long."""
@@ -96,7 +99,9 @@ class Agent:
             config.update.source,
             slots=self._slots,
             serving=self._serving,
-            updater=Updater(root, config, board, self._slots, stop=stop, report=self._reporter.event),
+            updater=Updater(
+                root, config, board, self._slots, learned=self._serving, stop=stop, report=self._reporter.event
+            ),
             reporter=self._reporter,
             announce=self._announce,
         )
@@ -116,6 +121,7 @@ class Agent:
             refused=config.refused_commands,
             was_done=self._verbs.was_done,
         )
+        self._asked = Asked(root, self._commands.ask)
         self._connection: Connection | None = None
         if config.broker:
             check_credentials(config.broker, root)
@@ -136,7 +142,7 @@ class Agent:
         self._next_frame, self._next_telemetry = now, now + self._sampling.current.telemetry_interval_s
         self._next_check = now + config.update.check_interval_s
         self._next_load = now + RELOAD_S
-        self._next_renewal = now
+        self._next_renewal = self._next_asked = now
 
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
@@ -346,6 +352,9 @@ class Agent:
         if self._config.update.check_interval_s and now >= self._next_check:
             self._next_check = now + self._config.update.check_interval_s
             self._check_for_update()
+        if now >= self._next_asked:
+            self._next_asked = now + ASKED_S
+            self._asked.poll()
         if now >= self._next_renewal:
             self._next_renewal = now + RENEWAL_CHECK_S
             self._commands.updates.submit(self._renew_certificate)
@@ -384,7 +393,10 @@ class Agent:
     def _report_new_model(self) -> None:
         if self._reported_model:
             self._report_window(self._reported_model)
-        model = self._reported_model = self._serving.model
+        before, model = self._reported_model, self._serving.model
+        self._reported_model = model
+        if not self._serving.is_testing and (lost := unknown_to(model, before)):
+            self._reporter.event("unlearned", reason="went-back", labels=lost)
         remove_stale(self._root / "state", [self._slots.directory(slot) for slot in NAMES])
         if model is None:
             self._check_for_update()

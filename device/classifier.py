@@ -10,7 +10,8 @@ lessons, commit to disk, then replace the served head in one assignment. The fra
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +21,11 @@ from device.contract.errors import ArtifactError, LearningError
 from device.contract.manifest import Artifact, Manifest
 from device.golden import arrays_under, read_arrays
 from device.history import Lesson, is_too_much
-from device.learned import LESSONS_REMEMBERED, LearnedState, LearnedStore, Start
+from device.learned import HEAD_NAME, LESSONS_REMEMBERED, LearnedState, LearnedStore, Start
 from device.learning import guard
 from device.learning.guard import Examples
 from device.learning.slda import SLDA
 
-HEAD_NAME = "head.npz"
 MAX_LABEL_CHARACTERS = 64
 MAX_EXAMPLES = 1000
 _BESIDE_STATE = ("guard_features", "guard_labels", "feature_mean", "feature_std")
@@ -61,6 +61,21 @@ class Head:
     def linear(self) -> tuple[np.ndarray, np.ndarray]:
         return self.weight, self.bias
 
+    def state(self, base: "Head") -> LearnedState:
+        """What is stored of it; `base` is the bundle's own head, of which nothing is stored."""
+        start = None
+        if self.history and self.start is not None and self.start is not base:
+            start = Start(labels=self.start.labels, arrays=self.start.learner.state(), kept=self.start.kept)
+        return LearnedState(
+            labels=self.labels,
+            version=self.version,
+            arrays=self.learner.state(),
+            kept=self.kept,
+            lessons=self.lessons,
+            history=self.history,
+            start=start,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -81,13 +96,90 @@ class Classifier:
         self._store = store
         self._learning = threading.Lock()
         nothing = Examples.none(self._spec.feature_dim)
-        self._base_head = _make_head(base.learner, base.labels, version=0, kept=nothing)
-        self.head = self._restored() or self._base_head
+        self.base_head = make_head(base.learner, base.labels, version=0, kept=nothing)
+        self.head = self._restored() or self.base_head
 
     @property
     def problems(self) -> list[str]:
         """Why learned state on the disk was not used."""
         return self._store.problems
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The labels of which this board has examples of its own, shipped ones too."""
+        head, shipped = self.head, self.base.learner.counts
+        own = head.learner.counts.copy()
+        own[: len(shipped)] -= shipped
+        return tuple(label for label, count in zip(head.labels, own, strict=True) if count > 0)
+
+    @property
+    def max_drop(self) -> float:
+        """Share of right answers that all lessons together may cost the shipped classes."""
+        return self._spec.max_drop
+
+    @property
+    def max_classes(self) -> int:
+        return self._spec.max_classes
+
+    @contextmanager
+    def hold(self) -> Iterator[Head]:
+        """The head, which nobody can teach until the end of the block."""
+        with self._learning:
+            yield self.head
+
+    def reload(self, *, is_new: bool) -> None:
+        """Take the state from the disk again, which may have changed since this was made.
+
+        Args:
+            is_new: the model before has other features or another head; what is staged for this one never served.
+        """
+        if is_new:
+            self._store.unstage()
+        self.head = self._restored() or self.base_head
+
+    def stage(self, head: Head) -> None:
+        """Take over a head from the model before, and write it; it counts when this model serves.
+
+        Raises:
+            LearningError: the disk does not take it.
+        """
+        self._store.stage(head.state(self.base_head))
+        self.head = head
+
+    def restore(self, head: Head, *, before: Head, is_served: Callable[[], bool]) -> Head:
+        """Commit a head from elsewhere in place of what was learned here, with a version of its own; returns it.
+
+        Raises:
+            LearningError: the head is not `before` any more, the disk is full, or the model was replaced.
+        """
+        with self._learning:
+            if self.head is not before:
+                raise LearningError("something was taught in between; nothing was restored, look at it and try again")
+            new = replace(head, version=max(head.version, before.version + 1))
+            self._commit(new, is_served)
+            return new
+
+    def restored(self, state: LearnedState) -> Head:
+        """The head of a stored state.
+
+        Raises:
+            LearningError, ValueError, KeyError: it is not of this bundle's classes and features, or is no state.
+        """
+        if state.labels[: len(self.base.labels)] != self.base.labels:
+            raise LearningError("its labels are not this bundle's")
+        if len(set(state.labels)) != len(state.labels):
+            raise LearningError("two of its labels are the same")
+        kept = state.kept or Examples.none(self._spec.feature_dim)
+        head, start = self._restored_head(state.labels, state.arrays, kept), self.base_head
+        if state.start is not None:
+            start = self._restored_head(state.start.labels, state.start.arrays, state.start.kept)
+        return replace(
+            head,
+            version=state.version,
+            lessons=state.lessons,
+            history=state.history,
+            start=start if state.history else None,
+        )
 
     def classify(self, features: np.ndarray) -> Answer:
         """Classify one frame's features [D]."""
@@ -121,7 +213,7 @@ class Classifier:
             old = self.head
             if lesson and lesson in old.lessons:
                 return old
-            taught = self._teach(old, label, features)
+            taught = self.propose(old, label, features)
             start, history = self._shorten(old.start or old, (*old.history, Lesson(lesson, label, features)))
             new = replace(
                 taught, version=old.version + 1, lessons=_with(old.lessons, lesson), start=start, history=history
@@ -155,7 +247,7 @@ class Classifier:
             head = start = old.start or old
             for other in rest:
                 try:
-                    head = self._teach(head, other.label, other.features)
+                    head = self.propose(head, other.label, other.features)
                 except LearningError as error:
                     raise LearningError(
                         f"lesson {taken.id!r} stays: lesson {other.id!r} builds on it ({error}); take that back first"
@@ -164,7 +256,7 @@ class Classifier:
             self._commit(new, is_served)
             return new, taken
 
-    def _teach(self, old: Head, label: str, features: np.ndarray) -> Head:
+    def propose(self, old: Head, label: str, features: np.ndarray) -> Head:
         """What `old` becomes by one lesson, past the guard; nothing is committed."""
         learner, labels = copy.deepcopy(old.learner), old.labels
         if label not in labels:
@@ -176,9 +268,9 @@ class Classifier:
             labels = (*labels, label)
         targets = np.full(len(features), labels.index(label))
         learner.update(features, targets)
-        new = _make_head(learner, labels, version=old.version, kept=old.kept)
+        new = make_head(learner, labels, version=old.version, kept=old.kept)
         guard.check(
-            self._base_head,
+            self.base_head,
             old,
             new,
             guard_features=self.base.guard_features,
@@ -195,25 +287,13 @@ class Classifier:
         """Move the oldest lessons into the start until the rest is within its bounds."""
         while is_too_much(history):
             oldest, *rest = history
-            start, history = self._teach(start, oldest.label, oldest.features), tuple(rest)
+            start, history = self.propose(start, oldest.label, oldest.features), tuple(rest)
         return start, history
 
     def _commit(self, new: Head, is_served: Callable[[], bool]) -> None:
         if not is_served():
             raise LearningError("the model was replaced while it learned; nothing was learned, name newer frames")
-        start = None
-        if new.history and new.start is not None and new.start is not self._base_head:
-            start = Start(labels=new.start.labels, arrays=new.start.learner.state(), kept=new.start.kept)
-        state = LearnedState(
-            labels=new.labels,
-            version=new.version,
-            arrays=new.learner.state(),
-            kept=new.kept,
-            lessons=new.lessons,
-            history=new.history,
-            start=start,
-        )
-        self._store.save(state)
+        self._store.save(new.state(self.base_head))
         self.head = new
 
     def has_learned(self, lesson: str) -> bool:
@@ -225,20 +305,7 @@ class Classifier:
         if state is None:
             return None
         try:
-            if state.labels[: len(self.base.labels)] != self.base.labels:
-                raise LearningError("its labels are not this bundle's")
-            kept = state.kept or Examples.none(self._spec.feature_dim)
-            head = self._restored_head(state.labels, state.arrays, kept)
-            start = self._base_head
-            if state.start is not None:
-                start = self._restored_head(state.start.labels, state.start.arrays, state.start.kept)
-            return replace(
-                head,
-                version=state.version,
-                lessons=state.lessons,
-                history=state.history,
-                start=start if state.history else None,
-            )
+            return self.restored(state)
         except (ValueError, KeyError) as error:
             self._store.problems.append(f"learned state not used: {self._store.path}: {error}")
             return None
@@ -247,7 +314,7 @@ class Classifier:
         learner = copy.deepcopy(self.base.learner)
         learner.restore(arrays)
         _require_kept(kept, learner, first=len(self.base.labels))
-        return _make_head(learner, labels, version=0, kept=kept)
+        return make_head(learner, labels, version=0, kept=kept)
 
 
 def read_base_head(slot: Path, manifest: Manifest, artifact: Artifact) -> BaseHead:
@@ -305,7 +372,7 @@ def _find(history: tuple[Lesson, ...], lesson: str) -> Lesson:
     raise LearningError(f"{wanted} cannot be taken back; those that can are: {known}")
 
 
-def _make_head(learner: SLDA, labels: Sequence[str], *, version: int, kept: Examples) -> Head:
+def make_head(learner: SLDA, labels: Sequence[str], *, version: int, kept: Examples) -> Head:
     weight, bias = learner.linear()
     if weight.shape[1] != len(labels) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise LearningError(f"the head has {weight.shape[1]} classes for {len(labels)} labels, or is not finite")

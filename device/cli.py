@@ -69,9 +69,13 @@ def _update(arguments: argparse.Namespace) -> int:
     source = (
         resolve_source(arguments.source, Path.cwd()) if arguments.source else resolve_source(config.update.source, root)
     )
+    if arguments.dry_run:
+        return _show_preview(arguments, source)
     owner = lock_owner(root)
     if owner and owner.purpose == "run" and not arguments.source and not arguments.force:
-        is_updated = ask_for_update(root, owner.pid, tell=logging.getLogger(__name__).info)
+        is_updated = ask_for_update(
+            root, owner.pid, accept_loss=arguments.accept_loss, tell=logging.getLogger(__name__).info
+        )
         return _show_update(arguments, serving_table(Slots(root)), is_updated, f"{source}, channel {config.channel}")
     with _lock(root, "update"):
         slots = Slots(root)
@@ -79,10 +83,14 @@ def _update(arguments: argparse.Namespace) -> int:
         serving = Serving(slots, resolve_runtime(board, config.runtime))
         serving.start()  # a damaged slot is found here, and filled again
         with _recovering_from_interrupt(slots):
-            staged = Updater(root, config, board, slots).stage(source, force=arguments.force)
+            updater = Updater(root, config, board, slots, learned=serving)
+            staged = updater.stage(source, force=arguments.force, accept_loss=arguments.accept_loss)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here it is quick, and must not end halfway
         if staged:
-            serving.activate(staged.slot, staged.test.precision)
+            accept_loss = updater.accepts(accept_loss=arguments.accept_loss)
+            fate = serving.activate(staged.slot, staged.test.precision, accept_loss=accept_loss).fate
+            if fate.words:
+                logging.getLogger(__name__).info("taught classes: %s", fate.words)
             serving.confirm()
         table = serving_table(slots)
     if staged and slots.state(staged.slot).state != "confirmed":
@@ -97,6 +105,87 @@ def _show_update(arguments: argparse.Namespace, table: dict[str, Any], is_update
     text += "installed and confirmed" if is_updated else f"is up to date with {offered}"
     _show(arguments, {"updated": is_updated} | table, [text])
     return 0
+
+
+def _show_preview(arguments: argparse.Namespace, source: Path | str) -> int:
+    where = f"dir:{source}" if isinstance(source, Path) else source
+    table = {"source": where, "force": arguments.force, "dry_run": True}
+    found = _tell(arguments, "update", {name: value for name, value in table.items() if value})
+    if not found["would_update"]:
+        _show(arguments, found, ["is up to date"])
+        return 0
+    offered, learned = found["offered"], found["learned"]
+    lines = [f"would install {offered['name']} {offered['version']}, release {offered['release']}"]
+    lines += [f"  taught classes {fate}: {', '.join(labels)}" for fate, labels in learned.items() if labels]
+    if learned["dropped"]:
+        lines.append("  so it would be refused; '--accept-loss' takes it all the same")
+    _show(arguments, found, lines)
+    return 0
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from device.contract.errors import ConfigError
+    from device.hand import learn_arguments
+
+    if bool(arguments.frames) == bool(arguments.frame_ids):
+        raise ConfigError("name either files, or with --id frames that the agent has just seen")
+    root, config, board = _setup(arguments)
+    table = learn_arguments(root, config, board, arguments.label, arguments.frames, arguments.frame_ids)
+    done = _tell(arguments, "learn", table)
+    text = f"learned {done['label']} from {done['examples']} examples; {done['classes']} classes, version {done['version']}"
+    _show(arguments, done, [text])
+    return 0
+
+
+def _undo(arguments: argparse.Namespace) -> int:
+    done = _tell(arguments, "undo", {"lesson": arguments.lesson} if arguments.lesson else {})
+    text = f"took back {done['examples']} examples of {done['label']}; {done['classes']} classes, version {done['version']}"
+    _show(arguments, done, [text])
+    return 0
+
+
+def _learned(arguments: argparse.Namespace) -> int:
+    from device.contract.errors import ArtifactError, ConfigError
+    from device.hand import export_learned, learned_table
+
+    root, config, _ = _setup(arguments)
+    if arguments.action == "list":
+        table = learned_table(root)
+        lines = [f"{table['model']}: learned version {table['version']}"]
+        lines += [f"  {k['label']}: {k['examples']} examples{', shipped too' * k['shipped']}" for k in table["classes"]]
+        lines += [f"  lesson {k['id']}: {k['label']}, {k['examples']} examples" for k in table["lessons"]]
+        _show(arguments, table, lines + table["problems"])
+        return 0
+    if arguments.file is None:
+        raise ConfigError(f"learned {arguments.action}: name a file")
+    if arguments.action == "export":
+        done = export_learned(root, config, arguments.file)
+        _show(arguments, done, [f"wrote {done['file']}: version {done['version']}, {', '.join(done['taught'])}"])
+        return 0
+    try:
+        content = arguments.file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{arguments.file}: cannot be read ({error.strerror})") from error
+    done = _tell(arguments, "restore", {"accept_loss": arguments.accept_loss}, attachment=content)
+    _show(arguments, done, [f"restored as version {done['version']}: {', '.join(done['labels'])}"])
+    return 0
+
+
+def _tell(
+    arguments: argparse.Namespace, verb: str, table: dict[str, Any], *, attachment: bytes | None = None
+) -> dict[str, Any]:
+    """Have the agent obey a command, or do it here where none runs."""
+    from device.ask import ask
+    from device.lock import lock_owner
+
+    root, config, board = _setup(arguments)
+    owner = lock_owner(root)
+    if owner and owner.purpose == "run":
+        return ask(root, owner.pid, verb, table, attachment=attachment)
+    from device.hand import obey_here
+
+    with _lock(root, verb):
+        return obey_here(root, config, board, verb, table, attachment=attachment)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -117,6 +206,7 @@ def _status(arguments: argparse.Namespace) -> int:
     lines += [_slot_line(entry, is_served=entry["slot"] == table.get("slot")) for entry in table["slots"].values()]
     if answer:
         lines.append(f"labels: {', '.join(table.get('labels', []))}; learned version {table.get('learned_version')}")
+        lines.append(f"taught here: {', '.join(table.get('taught', [])) or 'nothing'}")
         lines.append(
             f"frames: {table.get('frames')}, errors {table.get('errors')}, messages waiting {table.get('spool_depth')}"
         )
@@ -251,9 +341,14 @@ def _parser() -> argparse.ArgumentParser:
         help="look here instead of update.source in agent.toml: dir:PATH, or http(s)://HOST/PATH",
     )
     update.add_argument("--force", action="store_true", help="try a bundle again that was rejected here before")
+    update.add_argument("--accept-loss", action="store_true", help="also where it does not know a class taught here")
+    update.add_argument(
+        "--dry-run", action="store_true", help="install nothing; say what is offered, and which taught classes it keeps"
+    )
     status = _add(verbs, "status", _status, "what is served, and how it goes", "fieldvit-device status --json")
     status.add_argument("--history", action="store_true", help="every state the slots went through, with reasons")
     _add(verbs, "rollback", _rollback, "go back to the model before, for good", "fieldvit-device rollback")
+    _add_learning(verbs)
     infer = _add(verbs, "infer", _infer, "classify files", "fieldvit-device infer photo.png frames/ --json")
     infer.add_argument(
         "frames", nargs="+", type=Path, metavar="FRAME_OR_DIR", help="image files, or directories of them"
@@ -275,6 +370,31 @@ def _parser() -> argparse.ArgumentParser:
         "fieldvit-device doctor --root /var/lib/fieldvit",
     )
     return parser
+
+
+def _add_learning(verbs: Any) -> None:
+    learn = _add(verbs, "learn", _learn, "teach a class by hand", "fieldvit-device learn ripe photos/ripe/")
+    learn.add_argument("label", help="of all these frames; a class it knows, or a new one")
+    learn.add_argument(
+        "frames", nargs="*", type=Path, metavar="FRAME_OR_DIR", help="image files, or directories of them"
+    )
+    learn.add_argument(
+        "--id", dest="frame_ids", action="append", default=[], help="a frame that the running agent has just seen"
+    )
+    undo = _add(verbs, "undo", _undo, "take a lesson back", "fieldvit-device undo")
+    undo.add_argument("lesson", nargs="?", help="its id, as 'learned list' shows it; without it, the last one")
+    learned = _add(
+        verbs,
+        "learned",
+        _learned,
+        "list, back up or restore what was taught",
+        "fieldvit-device learned export backup.learned",
+    )
+    learned.add_argument("action", choices=("list", "export", "import"), help="what to do")
+    learned.add_argument("file", nargs="?", type=Path, help="the backup to write or to read")
+    learned.add_argument(
+        "--accept-loss", action="store_true", help="import also where it does not know a class taught since"
+    )
 
 
 def _add_set_up(verbs: Any) -> None:

@@ -1,14 +1,16 @@
 """Commands over MQTT: each is checked, remembered before it is acknowledged, obeyed in a worker, and answered once.
 
-learn         {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...]}
+learn         {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...], "backbone": SHA256?}
 undo          {"lesson": ID?}        the command id of a lesson; without it, the last one
-update        {"source": "dir:PATH"?, "force": bool?}
+update        {"source": "dir:PATH"?, "force": bool?, "accept_loss": bool?, "dry_run": bool?}
 rollback      {}
 set-sampling  {"max_fps": F?, "telemetry_interval_s": S?, "results": bool?, "reset": bool?}
 snapshot      {}                     only where agent.toml says snapshot = true
 rebirth       {}                     the retained state is published again
 diagnostics   {}
 status        {}
+
+restore       {"accept_loss": bool?} only from a shell on this board (`device.ask`), which may give the others too
 
 A payload that cannot be read is answered too: under its id where that can be read, else under `unreadable-` and the
 beginning of its SHA-256. Each id is answered once, whatever comes under it later, also after a restart.
@@ -20,7 +22,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,11 +47,15 @@ DeviceError."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnArguments:
-    """One label, and the examples of it: frames still in the ring, or features [n, D]."""
+    """One label, and the examples of it: frames still in the ring, or features [n, D].
+
+    `backbone` is whose features they are, where the sender knows; another one's are refused.
+    """
 
     label: str
     frame_ids: tuple[str, ...] = ()
     features: tuple[tuple[float, ...], ...] = ()
+    backbone: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.frame_ids) == bool(self.features):
@@ -58,10 +64,19 @@ class LearnArguments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateArguments:
-    """Where to look, instead of the configured source, and whether to retry a rejected bundle."""
+    """Where to look, instead of the configured source, and what to do with what is there.
+
+    Attributes:
+        source: None: the configured one.
+        force: try a bundle again that was rejected here before.
+        accept_loss: take it also where classes taught here would be dropped.
+        dry_run: install nothing, say what is offered and what would become of the taught classes.
+    """
 
     source: str | None = None
     force: bool = False
+    accept_loss: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +84,13 @@ class UndoArguments:
     """Which lesson to take back, by the id of its command; None: the last one."""
 
     lesson: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreArguments:
+    """A backup of learned state lies beside the request; may it replace classes that it does not have?"""
+
+    accept_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +109,8 @@ ARGUMENTS: dict[str, type[Any]] = {
     "diagnostics": NoArguments,
     "status": NoArguments,
 }
+LOCAL_ARGUMENTS: dict[str, type[Any]] = ARGUMENTS | {"restore": RestoreArguments}
+"""Of what a shell on this board may ask for."""
 
 
 class Commands:
@@ -94,7 +118,7 @@ class Commands:
 
     Args:
         spool: remembers commands and holds the replies.
-        handlers: one for each verb of `ARGUMENTS`.
+        handlers: one for each verb of `LOCAL_ARGUMENTS`.
         refused: verbs that this board's operator does not want obeyed.
         was_done: the result of a command, by its id, that is known to be done though it has no reply yet.
         clock: wall-clock seconds, to compare with a command's expiry.
@@ -142,21 +166,36 @@ class Commands:
             return
         if not self._spool.receive_command(command.id, command.expires):
             return
+        self._take(command, ARGUMENTS, self._answer, refused=self._refused)
+
+    def ask(self, command: Command, answer: Callable[[Reply], None]) -> None:
+        """Take a command from a shell on this board; the reply is for that alone."""
+        self._take(command, LOCAL_ARGUMENTS, answer)
+
+    def _take(
+        self,
+        command: Command,
+        verbs: Mapping[str, type[Any]],
+        answer: Callable[[Reply], None],
+        *,
+        refused: Collection[str] = (),
+    ) -> None:
         try:
-            arguments = self._check(command)
+            arguments = self._check(command, verbs, refused)
         except MessageError as error:
-            self._answer(Reply(id=command.id, ok=False, error=one_line(error)))
+            answer(Reply(id=command.id, ok=False, error=one_line(error)))
             return
         worker = self.updates if command.verb in ("update", "rollback") else self._quick
-        if not worker.submit(lambda: self._obey(command, arguments)):
-            self._answer(Reply(id=command.id, ok=False, error=f"{MAX_QUEUED} commands are waiting; send it later"))
+        if not worker.submit(lambda: self._obey(command, arguments, answer)):
+            answer(Reply(id=command.id, ok=False, error=f"{MAX_QUEUED} commands are waiting; send it later"))
 
-    def _check(self, command: Command) -> Any:
-        if command.verb not in self._handlers:
-            raise MessageError(f"verb {command.verb!r} is unknown; verbs are {', '.join(sorted(self._handlers))}")
-        if command.verb in self._refused:
+    def _check(self, command: Command, verbs: Mapping[str, type[Any]], refused: Collection[str]) -> Any:
+        if command.verb not in verbs or command.verb not in self._handlers:
+            known = sorted(verbs.keys() & self._handlers.keys())
+            raise MessageError(f"verb {command.verb!r} is unknown; verbs are {', '.join(known)}")
+        if command.verb in refused:
             raise MessageError(f"{command.verb} is not allowed on this board; see refused_commands in its agent.toml")
-        arguments = from_table(ARGUMENTS[command.verb], command.arguments, where=command.verb, error=MessageError)
+        arguments = from_table(verbs[command.verb], command.arguments, where=command.verb, error=MessageError)
         self._require_fresh(command)
         return arguments
 
@@ -166,7 +205,7 @@ class Commands:
                 f"expired {self._clock() - command.expires:.0f} s ago by this board's clock; send it again"
             )
 
-    def _obey(self, command: Command, arguments: Any) -> None:
+    def _obey(self, command: Command, arguments: Any, answer: Callable[[Reply], None]) -> None:
         reply = Reply(id=command.id, ok=False, error="internal error; see the agent's log")
         try:
             self._require_fresh(command)  # it may have waited
@@ -175,7 +214,7 @@ class Commands:
             log.warning("%s refused: %s", command.verb, error)
             reply = Reply(id=command.id, ok=False, error=one_line(error))
         finally:
-            self._answer(reply)
+            answer(reply)
 
     def _refuse_unreadable(self, payload: bytes, error: MessageError) -> None:
         """Answer a payload that breaks the contract, under its own id where that can be read."""

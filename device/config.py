@@ -36,6 +36,7 @@ max_bytes_per_s = 0             # of what is read from the source; 0 = no limit
 window = "02:00-05:00"          # local time in which the agent looks by itself; "" = always. A command is obeyed at once
 days = ["sat", "sun"]           # on which that window opens; [] = every day
 ca_file = "updates-ca.pem"      # certificates for https: in place of the system's
+on_learned_loss = "refuse"      # an update that would drop a class taught here; "drop" = take it all the same
 
 [runtime]                       # overrides of the board profile
 threads = 2
@@ -71,6 +72,7 @@ from device.window import Window, parse_window
 
 CONFIG_NAME = "agent.toml"
 LOG_FORMATS = ("text", "json")
+REFUSE, DROP = "refuse", "drop"
 SOURCE_PREFIX = "dir:"
 WEB_SCHEMES = ("http", "https")
 SOURCE_KINDS = {
@@ -169,9 +171,12 @@ class UpdateConfig:
     window: str = ""
     days: tuple[str, ...] = ()
     ca_file: str | None = None
+    on_learned_loss: str = REFUSE
 
     def __post_init__(self) -> None:
         require_source(self.source)
+        if self.on_learned_loss not in (REFUSE, DROP):
+            raise ConfigError(f"update.on_learned_loss must be {REFUSE} or {DROP}, got {self.on_learned_loss!r}")
         if self.check_interval_s < 0 or self.max_bytes_per_s < 0:
             raise ConfigError(
                 "update.check_interval_s and max_bytes_per_s must be 0 or more, "

@@ -8,6 +8,7 @@ the answers must be the same.
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,18 +26,25 @@ DAMAGE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.erro
 """What NumPy raises on a damaged .npz."""
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(file: Path | BinaryIO, *, name: Path | None = None) -> dict[str, np.ndarray]:
     """Read a .npz whole, without pickle.
+
+    Args:
+        file: where it is, or its content.
+        name: what to call it in messages, where that is not its path.
 
     Raises:
         ArtifactError: missing or damaged.
     """
+    path = name or file
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # before parsing: a flipped bit in a header could ask for any amount of memory
         if damaged:
             raise ArtifactError(f"{path}: {damaged} is damaged")
-        with np.load(path, allow_pickle=False) as arrays:
+        if not isinstance(file, Path):
+            file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except DAMAGE as error:
         if isinstance(error, ArtifactError):

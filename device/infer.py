@@ -8,12 +8,12 @@ import numpy as np
 
 from device.config import AgentConfig, resolve_runtime
 from device.contract.board import Board
-from device.contract.errors import ArtifactError, FrameError
+from device.contract.errors import ArtifactError
 from device.frames import read_frame
 from device.modules import forbidden_modules
 from device.serving import Model
 from device.slots import Slots
-from device.sources.directory import list_frames
+from device.sources.directory import named_frames
 
 
 def infer_files(
@@ -38,7 +38,7 @@ def infer_files(
         raise ArtifactError(f"{root}: no model is installed; run 'fieldvit-device update'")
     model = Model.load(slots, entry.slot, precision or entry.precision, resolve_runtime(board, config.runtime))
     results, latencies_ms = [], []
-    for frame_id, path in _files(paths):
+    for frame_id, path in named_frames(paths):
         pixels = read_frame(path, model.manifest.input.channels)
         started = time.perf_counter()
         _, answer = model.infer(pixels)
@@ -55,15 +55,3 @@ def infer_files(
         "latency_ms": {"p50": float(p50), "p90": float(p90), "p99": float(p99)},
         "modules_ok": not forbidden_modules(),
     }
-
-
-def _files(paths: list[Path]) -> list[tuple[str, Path]]:
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise FrameError(f"{path}: no such file or directory")
-        found = list_frames(path)
-        if not found:
-            raise FrameError(f"{path}: holds no frames (.npy, .pgm, .ppm, .png, .jpg, ...)")
-        files += found
-    return files

@@ -25,7 +25,7 @@ class Reporter:
     def __init__(
         self, device: DeviceId, board: str, boot: str, spool: Spool, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._device, self._board, self.boot, self._spool, self._clock = device, board, boot, spool, clock
+        self.device, self._board, self.boot, self._spool, self._clock = device, board, boot, spool, clock
 
     def event(self, kind: str, **data: Any) -> None:
         """Something happened."""
@@ -63,7 +63,7 @@ class Reporter:
         self._spool.put_numbered(
             "telemetry",
             lambda sequence: encode_telemetry(
-                self._device, Telemetry(boot=self.boot, sequence=sequence, time=now, values=values)
+                self.device, Telemetry(boot=self.boot, sequence=sequence, time=now, values=values)
             ),
             priority=LOW,
         )
@@ -94,7 +94,7 @@ class Reporter:
         return encode_state(State(status="offline", boot=self.boot))
 
     def _event(self, sequence: int, kind: str, data: dict[str, Any], moment: float) -> bytes:
-        return encode_event(self._device, Event(kind=kind, boot=self.boot, sequence=sequence, time=moment, data=data))
+        return encode_event(self.device, Event(kind=kind, boot=self.boot, sequence=sequence, time=moment, data=data))
 
     def _event_of(self, entry: Entry, kind: str) -> Callable[[int], bytes]:
         names = ("slot", "name", "version", "release", "precision", "reason", "detail")

@@ -21,14 +21,15 @@ import numpy as np
 
 from device.backbone import Backbone, open_backbone
 from device.canary import Canary
-from device.classifier import HEAD_NAME, Answer, Classifier, read_base_head
+from device.classifier import Answer, Classifier, read_base_head
 from device.contract.board import Budget, Runtime
 from device.contract.bundle import verify_directory
-from device.contract.errors import ArtifactError, DeviceError, EngineError, UpdateRefusedError
+from device.contract.errors import ArtifactError, DeviceError, EngineError, LearningError, UpdateRefusedError
 from device.contract.manifest import Artifact, Manifest
 from device.golden import check_golden
 from device.journal import Entry
-from device.learned import LearnedStore
+from device.learned import HEAD_NAME, LearnedStore
+from device.migration import Fate, Migration, forecast, hold, is_same_state, loss_refusal, migrate
 from device.preprocess import preprocess
 from device.probation import Probation
 from device.ring import FeatureRing
@@ -187,12 +188,21 @@ class Serving:
                         return
                     self._slots.reject(entry.slot, "load", str(error))
 
-    def activate(self, slot: str, precision: str) -> None:
-        """Serve a staged slot on probation; a model that cannot be loaded here either is rejected.
+    def activate(self, slot: str, precision: str, *, accept_loss: bool = False) -> Migration:
+        """Serve a staged slot on probation, with what was taught here; a model that cannot be loaded either is rejected.
+
+        What moves is on the disk before the journal says that the new model serves, and counts from that line on: a power
+        cut leaves the old model with its state or the new one with its own. The old state stays where it is for as long as
+        its slot does.
+
+        Args:
+            slot: a staged one.
+            precision: which of its artifacts.
+            accept_loss: serve it also where it would not know a class that was taught here.
 
         Raises:
             ArtifactError, EngineError: it cannot be loaded.
-            UpdateRefusedError: the journal cannot be written.
+            UpdateRefusedError: the journal cannot be written, or a taught class would be lost; the slot is empty again.
         """
         before = self._memory()
         try:
@@ -202,10 +212,43 @@ class Serving:
         except DeviceError as error:
             self._slots.reject(slot, "load", str(error))
             raise
-        with self._lock, _refusing_disk():
-            self._slots.begin_testing(slot, precision)
-            self._previous = self._served
-            self._serve(served)
+        while True:
+            old = self.model
+            with hold(old):  # before our lock, as a lesson that is under way takes them
+                migration = self._migrate(old, served.model, accept_loss=accept_loss)
+                with self._lock, _refusing_disk():
+                    if self.model is not old:  # the frame loop has loaded it anew, or gone back
+                        continue
+                    self._slots.begin_testing(slot, precision)
+                    self._previous = self._served
+                    self._serve(served)
+                return migration
+
+    def forecast(self, manifest: Manifest, artifact: Artifact) -> Fate:
+        """What would become of the classes taught here; see `device.migration`."""
+        return forecast(self.model, manifest, artifact)
+
+    @property
+    def learned_version(self) -> tuple[str, int]:
+        """Changes with the served model and whatever it learns."""
+        model = self.model
+        return (model.artifact.backbone, model.classifier.head.version) if model else ("", 0)
+
+    def _migrate(self, old: Model | None, new: Model, *, accept_loss: bool) -> Migration:
+        """Stage what moves to a new model that does not serve yet; UpdateRefusedError where a class would be lost."""
+        try:
+            new.classifier.reload(is_new=old is not None and not is_same_state(old, new.manifest, new.artifact))
+            migration = migrate(old, new, new.directory)
+            if migration.fate.dropped and not accept_loss:
+                raise loss_refusal(new.manifest, migration.fate, migration.reasons)
+            if migration.head:
+                new.classifier.stage(migration.head)
+        except (UpdateRefusedError, LearningError) as error:
+            self._slots.discard(new.slot, "learned-loss")
+            if isinstance(error, UpdateRefusedError):
+                raise
+            raise UpdateRefusedError("disk", str(error)) from error
+        return migration
 
     def count_good_frame(self, model: Model, *, latency_s: float = 0.0) -> None:
         served = self._served

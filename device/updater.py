@@ -13,19 +13,20 @@ Reasons of a refusal, beside those of `device.tuf_client`:
     budget           too large, too slow or too hungry for the board profile
     runtime          this board's runtime lacks an operation, or computes such an artifact wrongly; held against the bundle
                      until there is another runtime
+    learned-loss     it would drop classes that were taught here, and nobody has accepted that (`device.migration`)
     selftest         golden outputs differ, or the model crashed or hung in its child process
     interrupted      the agent stopped before the model was proven; nothing is held against it
 """
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from device.config import AgentConfig, resolve_runtime
+from device.config import DROP, AgentConfig, resolve_runtime
 from device.contract.board import Board
 from device.contract.bundle import extract, read_manifest
 from device.contract.errors import (
@@ -41,6 +42,7 @@ from device.contract.errors import (
 from device.contract.manifest import Artifact, Manifest
 from device.fetch import Pace
 from device.journal import Entry
+from device.migration import Fate, loss_refusal
 from device.runtime import runtime_name
 from device.selftest import SelfTest, run_in_child
 from device.slots import NAMES, Slots
@@ -68,13 +70,40 @@ class _PerhapsBusyError(UpdateRefusedError):
     """What a busy board may have caused: worth a second test."""
 
 
+class Learned(Protocol):
+    """Knows what was taught here: `device.serving.Serving`."""
+
+    @property
+    def learned_version(self) -> tuple[str, int]: ...
+
+    def forecast(self, manifest: Manifest, artifact: Artifact) -> Fate: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unfit:
+    """The last bundle that was ruled out without a verdict in the journal: it is not copied again at each check."""
+
+    sha256: str
+    refusal: UpdateRefusedError
+    learned_version: tuple[str, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """A bundle that lies proven in a slot, and which of its artifacts to serve."""
+    """A bundle, by its SHA-256, that lies proven in a slot, and which of its artifacts to serve."""
 
     slot: str
+    bundle: str
     manifest: Manifest
     test: SelfTest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What would be installed, and what would become of the classes taught here."""
+
+    manifest: Manifest
+    fate: Fate
 
 
 class Updater:
@@ -87,6 +116,7 @@ class Updater:
         board: Board,
         slots: Slots,
         *,
+        learned: Learned | None = None,
         run_selftest: RunSelfTest | None = None,
         stop: threading.Event | None = None,
         report: Report = lambda kind, **data: None,
@@ -105,15 +135,19 @@ class Updater:
                 slot, precision, threads=runtime.threads, delegate=runtime.delegate, stop=self._stop
             )
         )
-        self._unfit = ("", "", "")  # the last bundle that its manifest ruled out, why: not copied again at each check
+        self._learned = learned
+        self._unfit: _Unfit | None = None
 
-    def stage(self, source: Path | str, *, force: bool = False, is_asked: bool = True) -> Staged | None:
+    def stage(
+        self, source: Path | str, *, force: bool = False, is_asked: bool = True, accept_loss: bool = False
+    ) -> Staged | None:
         """Bring the channel's bundle into the spare slot and prove it there.
 
         Args:
             source: a repository's directory or URL.
             force: try a bundle again that was rejected here before.
             is_asked: somebody wants it now; else the maintenance window decides, unless there is no model at all.
+            accept_loss: also where classes taught here would be dropped.
 
         Returns:
             None when it is served already, or when the window is closed.
@@ -127,28 +161,59 @@ class Updater:
             log.debug("no look for an update now: outside of update.window")
             return None
         try:
-            return self._stage(source, force=force, is_free=is_free)
+            return self._stage(source, force=force, is_free=is_free, accept_loss=self.accepts(accept_loss=accept_loss))
         except OSError as error:
             raise UpdateRefusedError(
                 "disk", f"{self._root}: cannot be written ({error}); make room, or check the disk"
             ) from error
 
-    def _stage(self, source: Path | str, *, force: bool, is_free: bool) -> Staged | None:
-        found = self._fetch(source, force=force, is_free=is_free)
+    def preview(self, source: Path | str, *, force: bool = False) -> Preview | None:
+        """What the channel offers, and what would become of the classes taught here; None when it is served already.
+
+        The bundle is fetched and stays in ROOT/downloads for the install. Its artifacts are not tested, and what the guard
+        says of a migration is not known yet.
+
+        Raises:
+            UpdateRefusedError: it would be refused anyway.
+        """
+        found = self._fetch(source, force=force, is_free=True, accept_loss=True)
+        if found is None:
+            return None
+        offer, bundle = found
+        with _refusing(bundle):
+            manifest = read_manifest(bundle)
+            _require_offered(manifest, offer)
+            self._require_fit(manifest)
+            artifact = self._candidates(manifest)[0]
+        return Preview(manifest=manifest, fate=self._fate(manifest, artifact))
+
+    def rule_out(self, bundle: str, refusal: UpdateRefusedError) -> None:
+        """Do not fetch a bundle (its SHA-256) again by ourselves until something else was learned here."""
+        version = self._learned.learned_version if self._learned else ("", 0)
+        self._unfit = _Unfit(sha256=bundle, refusal=refusal, learned_version=version)
+
+    def _stage(self, source: Path | str, *, force: bool, is_free: bool, accept_loss: bool) -> Staged | None:
+        found = self._fetch(source, force=force, is_free=is_free, accept_loss=accept_loss)
         if found is None:
             return None
         offer, bundle = found
         try:
-            entry = self._extract(bundle, offer)
+            entry = self._extract(bundle, offer, accept_loss=accept_loss)
         except UpdateRefusedError as error:
-            if error.reason in ("board", "budget", "schema", "pointer"):
-                self._unfit = (offer.sha256, error.reason, str(error))
+            if error.reason in ("board", "budget", "schema", "pointer", "learned-loss"):
+                self.rule_out(offer.sha256, error)
             raise
         finally:
             bundle.unlink()
         return self._prove(entry)
 
-    def _fetch(self, source: Path | str, *, force: bool, is_free: bool) -> "tuple[Offer, Path] | None":
+    def accepts(self, *, accept_loss: bool) -> bool:
+        """Whether a taught class may be dropped: because it is asked for, or by configuration."""
+        return accept_loss or self._config.update.on_learned_loss == DROP
+
+    def _fetch(
+        self, source: Path | str, *, force: bool, is_free: bool, accept_loss: bool
+    ) -> "tuple[Offer, Path] | None":
         """What the channel offers and its verified file; None when it is served already."""
         from device.tuf_client import UpdateSource, open_source  # here: 0.1 s at every start of the agent otherwise
 
@@ -158,11 +223,11 @@ class Updater:
         with closing(open_source(source, ca_file=ca_file)) as fetch:
             update_source = UpdateSource(fetch, self._root, time=self._time, pace=pace)
             offer = update_source.offer(self._config.channel)
-            if not self._is_wanted(offer, force=force):
+            if not self._is_wanted(offer, force=force, accept_loss=accept_loss):
                 return None
             return offer, self._download(update_source, offer)
 
-    def _is_wanted(self, offer: "Offer", *, force: bool) -> bool:
+    def _is_wanted(self, offer: "Offer", *, force: bool, accept_loss: bool) -> bool:
         """False when it is served already; UpdateRefusedError when it is known to be unfit, or is no step forward."""
         serving = self._slots.serving()
         if serving and serving.bundle == offer.sha256:
@@ -178,10 +243,19 @@ class Updater:
                 "rejected-before",
                 f"{offer.bundle}: was rejected here before ({rejection.reason}); publish a newer one, or use --force",
             )
-        sha256, *refusal = self._unfit
-        if sha256 == offer.sha256 and not force:
-            raise UpdateRefusedError(*refusal)
+        if (
+            self._unfit
+            and self._unfit.sha256 == offer.sha256
+            and not force
+            and self._is_still(self._unfit, accept_loss)
+        ):
+            raise UpdateRefusedError(self._unfit.refusal.reason, str(self._unfit.refusal))
         return True
+
+    def _is_still(self, unfit: _Unfit, accept_loss: bool) -> bool:
+        if unfit.refusal.reason != "learned-loss" or self._learned is None:
+            return True
+        return not accept_loss and unfit.learned_version == self._learned.learned_version
 
     def _download(self, source: "UpdateSource", offer: "Offer") -> Path:
         log.info("downloading %s, %d bytes", offer.bundle, offer.bytes)
@@ -214,20 +288,23 @@ class Updater:
             held |= {entry.sha256: directory / name for name, entry in entries.items() if (directory / name).is_file()}
         return held
 
-    def _extract(self, bundle: Path, offer: "Offer") -> Entry:
-        try:
+    def _extract(self, bundle: Path, offer: "Offer", *, accept_loss: bool) -> Entry:
+        with _refusing(bundle):
             manifest = read_manifest(bundle)
             _require_offered(manifest, offer)
             self._require_fit(manifest)
+            if not accept_loss:
+                self._require_kept(manifest)
             return self._slots.stage(offer.sha256, lambda directory: extract(bundle, directory))
-        except AgentBusyError as error:
-            raise UpdateRefusedError("busy", str(error)) from error
-        except BoardMismatchError as error:
-            raise UpdateRefusedError("board", str(error)) from error
-        except SchemaError as error:
-            raise UpdateRefusedError("schema", f"{bundle.name}: {error}") from error
-        except ArtifactError as error:
-            raise UpdateRefusedError("damaged", f"{bundle.name}: {error}") from error
+
+    def _require_kept(self, manifest: Manifest) -> None:
+        """Refuse what would drop a taught class whichever artifact is chosen, before a slot is emptied for it."""
+        fate = self._fate(manifest, self._candidates(manifest)[0])
+        if fate.dropped:
+            raise loss_refusal(manifest, fate)
+
+    def _fate(self, manifest: Manifest, artifact: Artifact) -> Fate:
+        return self._learned.forecast(manifest, artifact) if self._learned else Fate()
 
     def _prove(self, entry: Entry) -> Staged:
         slot = self._slots.directory(entry.slot)
@@ -245,7 +322,7 @@ class Updater:
         log.info(
             "%s %s %s passed its self-test in slot %s", manifest.name, manifest.version, test.precision, entry.slot
         )
-        return Staged(slot=entry.slot, manifest=manifest, test=test)
+        return Staged(slot=entry.slot, bundle=entry.bundle, manifest=manifest, test=test)
 
     def _fastest_that_passes(self, slot: Path, artifacts: list[Artifact]) -> SelfTest:
         passed, refusals = [], []
@@ -304,7 +381,25 @@ class Updater:
             )
 
     def _candidates(self, manifest: Manifest) -> list[Artifact]:
-        return candidates(manifest, self._board, self._config.precision)
+        """Those that this board may run, and of them those that keep most of what was taught here."""
+        found = candidates(manifest, self._board, self._config.precision)
+        lost = [len(self._fate(manifest, artifact).dropped) for artifact in found]
+        return [artifact for artifact, count in zip(found, lost, strict=True) if count == min(lost)]
+
+
+@contextmanager
+def _refusing(bundle: Path) -> Iterator[None]:
+    """Every reason that a bundle's own content gives against it, as a refusal."""
+    try:
+        yield
+    except AgentBusyError as error:
+        raise UpdateRefusedError("busy", str(error)) from error
+    except BoardMismatchError as error:
+        raise UpdateRefusedError("board", str(error)) from error
+    except SchemaError as error:
+        raise UpdateRefusedError("schema", f"{bundle.name}: {error}") from error
+    except ArtifactError as error:
+        raise UpdateRefusedError("damaged", f"{bundle.name}: {error}") from error
 
 
 def _still_holds(rejection: Entry) -> bool:

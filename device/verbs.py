@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from device.commands import Handler, LearnArguments, NoArguments, UndoArguments, UpdateArguments
+from device.ask import attachment_path, read_attachment
+from device.commands import Handler, LearnArguments, NoArguments, RestoreArguments, UndoArguments, UpdateArguments
 from device.config import resolve_source
 from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError, one_line
 from device.contract.records import to_table
+from device.migration import Migration
 from device.modules import forbidden_modules, third_party_modules
 from device.reporter import Reporter
 from device.runtime import runtime_name
-from device.serving import Serving
+from device.serving import Model, Serving
 from device.slots import Slots
-from device.updater import Staged, Updater
+from device.updater import Preview, Updater
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Verbs:
         return {
             "learn": self._learn,
             "undo": self._undo,
+            "restore": self._restore,
             "update": self._update,
             "rollback": self._rollback,
             "status": lambda *_: status(),
@@ -69,7 +72,7 @@ class Verbs:
     def check_for_update(self) -> None:
         """An update nobody asked for: a refusal is reported once, not at each look."""
         try:
-            self._install(resolve_source(self._source, self._root), force=False, is_asked=False)
+            self._install(resolve_source(self._source, self._root), UpdateArguments(), is_asked=False)
         except DeviceError as error:
             log.warning("no update: %s", error)
 
@@ -91,20 +94,33 @@ class Verbs:
 
     def _update(self, arguments: UpdateArguments, _: str) -> dict[str, Any]:
         source = resolve_source(arguments.source or self._source, self._root)
-        return self._install(source, force=arguments.force, is_asked=True)
+        if arguments.dry_run:
+            with self._installing:
+                return preview_table(self._updater.preview(source, force=arguments.force))
+        return self._install(source, arguments, is_asked=True)
 
-    def _install(self, source: Path | str, *, force: bool, is_asked: bool) -> dict[str, Any]:
+    def _install(self, source: Path | str, arguments: UpdateArguments, *, is_asked: bool) -> dict[str, Any]:
         mark = self._slots.last_number
         with self._installing:
             try:
-                staged = install(self._updater, self._serving, source, force=force, is_asked=is_asked)
+                migration = install(
+                    self._updater,
+                    self._serving,
+                    source,
+                    force=arguments.force,
+                    is_asked=is_asked,
+                    accept_loss=arguments.accept_loss,
+                )
                 self._last_refusal = ""
-                self._remember("staged" if staged else "current")
+                self._remember("staged" if migration else "current")
             except DeviceError as error:
                 self._remember("refused", reason=refusal_reason(error), detail=one_line(error))
                 self._report_refusal(error, mark, is_asked=is_asked)
                 raise
-        return {"updated": staged is not None} | serving_table(self._slots)
+        if migration:
+            report_migration(self._reporter, migration)
+        learned = {"learned": to_table(migration.fate)} if migration else {}
+        return {"updated": migration is not None} | serving_table(self._slots) | learned
 
     def _remember(self, outcome: str, *, reason: str = "", detail: str = "") -> None:
         number = self.last_check.get("number", 0) + 1
@@ -131,8 +147,9 @@ class Verbs:
         self._last_refusal = reason
 
     def _rollback(self, _: NoArguments, __: str) -> dict[str, Any]:
-        self._serving.rollback()
-        return serving_table(self._slots)
+        before = self._serving.model
+        model = self._serving.rollback()
+        return serving_table(self._slots) | {"dropped": unknown_to(model, before)}
 
     def was_done(self, command_id: str) -> dict[str, Any] | None:
         """The result of a lesson that was learned or taken back, though the agent stopped before it could say so."""
@@ -148,6 +165,8 @@ class Verbs:
             raise ArtifactError("there is no model to teach; send an update first")
         is_by_frame = bool(arguments.frame_ids)
         try:
+            if arguments.backbone not in (None, model.artifact.backbone):
+                raise LearningError("the features are of another backbone than the one that serves; take them anew")
             features = model.ring.get(arguments.frame_ids) if is_by_frame else _feature_matrix(arguments.features)
             head = model.classifier.learn(
                 features, arguments.label, lesson=command_id, is_served=lambda: self._serving.model is model
@@ -185,15 +204,88 @@ class Verbs:
         self._announce()
         return result
 
+    def _restore(self, arguments: RestoreArguments, command_id: str) -> dict[str, Any]:
+        """Put a backup in place of what was learned here."""
+        from device.backup import head_of_backup  # here: once in a board's life
+
+        model = self._serving.model
+        if model is None:
+            raise ArtifactError("there is no model that a backup could belong to; send an update first")
+        path = attachment_path(self._root, command_id)
+        before, classifier = model.classifier.head, model.classifier
+        head = head_of_backup(
+            read_attachment(path),
+            Path("backup"),
+            classifier,
+            device=self._reporter.device,
+            manifest=model.manifest,
+            artifact=model.artifact,
+        )
+        lost = [label for label in classifier.taught if label not in head.labels]
+        if lost and not arguments.accept_loss:
+            raise LearningError(
+                f"the backup does not know {', '.join(map(repr, lost))}, taught since; "
+                "export what is there first, then import with --accept-loss"
+            )
+        new = classifier.restore(head, before=before, is_served=lambda: self._serving.model is model)
+        result = {"labels": list(new.labels[len(classifier.base.labels) :]), "version": new.version, "dropped": lost}
+        self._reporter.event("learned", reason="restored", **result)
+        self._announce()
+        return result | {"classes": len(new.labels)}
+
 
 def install(
-    updater: Updater, serving: Serving, source: Path | str, *, force: bool, is_asked: bool = True
-) -> Staged | None:
+    updater: Updater,
+    serving: Serving,
+    source: Path | str,
+    *,
+    force: bool,
+    is_asked: bool = True,
+    accept_loss: bool = False,
+) -> Migration | None:
     """Stage what the source offers and serve it on probation; None when there is nothing to do."""
-    staged = updater.stage(source, force=force, is_asked=is_asked)
-    if staged:
-        serving.activate(staged.slot, staged.test.precision)
-    return staged
+    staged = updater.stage(source, force=force, is_asked=is_asked, accept_loss=accept_loss)
+    if staged is None:
+        return None
+    try:
+        return serving.activate(
+            staged.slot, staged.test.precision, accept_loss=updater.accepts(accept_loss=accept_loss)
+        )
+    except UpdateRefusedError as error:
+        if error.reason == "learned-loss":
+            updater.rule_out(staged.bundle, error)
+        raise
+
+
+def report_migration(reporter: Reporter, migration: Migration) -> None:
+    """Tell what moved to a new model, and what it does not know any more."""
+    fate, figures = migration.fate, migration.figures
+    if migration.head and figures:
+        shares = {name: round(value, 4) for name, value in to_table(figures).items() if name != "taught_before"}
+        reporter.event(
+            "migrated",
+            labels=list(fate.migrated),
+            version=migration.head.version,
+            left=dict(migration.reasons),
+            **shares,
+        )
+    if fate.dropped:
+        reporter.event("unlearned", reason="dropped", labels=list(fate.dropped), why=dict(migration.reasons))
+
+
+def preview_table(preview: Preview | None) -> dict[str, Any]:
+    """What `update` would do, for replies and `--json`."""
+    if preview is None:
+        return {"would_update": False}
+    manifest = preview.manifest
+    offered = {"name": manifest.name, "version": manifest.version, "release": manifest.release}
+    return {"would_update": True, "offered": offered, "learned": to_table(preview.fate)}
+
+
+def unknown_to(model: Model | None, before: Model | None) -> list[str]:
+    """The classes taught to the model before that another does not know."""
+    known = model.classifier.head.labels if model else ()
+    return [label for label in (before.classifier.taught if before else ()) if label not in known]
 
 
 def refusal_reason(error: DeviceError) -> str:
@@ -222,6 +314,7 @@ def status_table(slots: Slots, serving: Serving, boot: str) -> dict[str, Any]:
         "runtime": runtime_name(),
         "delegate": model.engine.delegate if model else "",
         "delegate_problem": model.engine.delegate_problem if model else "",
+        "taught": list(model.classifier.taught) if model else [],
         "modules_ok": not forbidden_modules(),
         "modules": third_party_modules(),
     }

@@ -24,6 +24,7 @@ _SOURCES = (
     "converters",
     "device/contract",
     "device/learning",
+    "host/continual",
     "host/data",
     "host/distill",
     "host/models",

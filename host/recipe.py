@@ -92,11 +92,16 @@ class ContinualSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSpec:
-    """Formats to write, the form of the Core ML package (`COREML_FORMS`), and boards to write them for."""
+    """Formats to write, the form of the Core ML package (`COREML_FORMS`), and boards to write them for.
+
+    `migrate_from` names earlier bundles: what boards have learned on them is moved to this one, by projectors that it then
+    holds. A relative path starts at the recipe's folder, `~` is the home directory.
+    """
 
     formats: tuple[str, ...] = FORMATS
     coreml: str = HALF
     boards: tuple[str, ...] = ("generic-x86-64",)
+    migrate_from: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = set(self.formats) - set(FORMATS)
@@ -149,6 +154,7 @@ class Recipe:
         """The resolved recipe as a bundle states it: of files and folders only the names, not where they lay."""
         table: dict[str, Any] = to_table(self)
         table["model"]["weights"] = Path(self.model.weights).name
+        table["export"]["migrate_from"] = [Path(bundle).name for bundle in self.export.migrate_from]
         if self.data.is_path:
             table["data"]["source"] = f"{self.data.kind}:{Path(self.data.location).name}"
         if self.distill and self.distill.is_path:
@@ -161,12 +167,14 @@ class Recipe:
         """The same with all paths made absolute, from the folder that the recipe lies in."""
         teacher = self.teacher and replace(self.teacher, model=self.teacher.model.found_from(folder))
         distill = self.distill and self.distill.found_from(folder)
+        earlier = tuple(absolute(bundle, folder) for bundle in self.export.migrate_from)
         return replace(
             self,
             data=self.data.found_from(folder),
             model=self.model.found_from(folder),
             distill=distill,
             teacher=teacher,
+            export=replace(self.export, migrate_from=earlier),
         )
 
     def digest(self) -> str:

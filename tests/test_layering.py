@@ -48,7 +48,7 @@ RULES = [
     Rule("host.models", ("host.models", "device.contract", *SHARED)),
     *(
         Rule(f"host.{part}", ("host.models", *(f"host.{p}" for p in parts), *SHARED, *LIBRARY))
-        for parts in [("data", "distill", "prune", "quantize", "training")]
+        for parts in [("continual", "data", "distill", "prune", "quantize", "training")]
         for part in parts
     ),
     Rule("host.fleet", ("host.fleet", *SHARED, *LIBRARY), None, TRAINING),

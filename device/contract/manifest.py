@@ -1,6 +1,7 @@
 """The manifest of a bundle: what was built, from what, for which boards, how exact it is, and how to check it.
 
-JSON, schema version 1. Nothing in it is a measured time, so the same recipe on the same machine gives the same bytes.
+JSON. Nothing in it is a measured time, so the same recipe on the same machine gives the same bytes. Schema 2 has
+`projectors`; a bundle without any is still written as schema 1, which older agents read too.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 from device.contract.errors import ArtifactError, SchemaError
 from device.contract.records import from_table, to_table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, PROJECTOR_SCHEMA = 1, 2
 MANIFEST_NAME = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SEMVER = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}", re.ASCII)
@@ -108,6 +109,23 @@ class LearningSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectorEntry:
+    """A file that takes what was learned on another backbone to one of this bundle's (`device.learning.projector`).
+
+    Measured on held-out images: `r2` is the share of the new features' variance that the mapped old ones explain,
+    `mean_cosine` the mean cosine of an image's mapped and real features, both from the mean of the real ones, `head_agreement` the share of
+    images whose mapped features get the answer of the real ones from a head of class means.
+    """
+
+    path: str
+    from_backbone: str
+    to_backbone: str
+    r2: float
+    mean_cosine: float
+    head_agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything a board must know before it loads a model."""
 
@@ -125,6 +143,7 @@ class Manifest:
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
     coreml: CoreMLArtifact | None = None
+    projectors: tuple[ProjectorEntry, ...] = ()
     schema: int = field(default=SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
@@ -144,6 +163,26 @@ class Manifest:
         for artifact in self.artifacts:
             if artifact.path not in self.files:
                 raise ArtifactError(f"manifest: artifact {artifact.path} is not among its files")
+        self._require_projectors()
+
+    def _require_projectors(self) -> None:
+        if bool(self.projectors) != (self.schema == PROJECTOR_SCHEMA):
+            raise ArtifactError(
+                f"manifest: {len(self.projectors)} projectors in schema {self.schema}; they belong to {PROJECTOR_SCHEMA}"
+            )
+        ways = [(entry.from_backbone, entry.to_backbone) for entry in self.projectors]
+        if len(set(ways)) != len(ways):
+            raise ArtifactError("manifest.projectors: two lead from the same backbone to the same")
+        for entry in self.projectors:
+            if entry.path not in self.files:
+                raise ArtifactError(f"manifest: projector {entry.path} is not among its files")
+            if entry.to_backbone not in {artifact.backbone for artifact in self.artifacts}:
+                raise ArtifactError(f"manifest: projector {entry.path} leads to a backbone that is not in this bundle")
+
+    def projector(self, from_backbone: str, to_backbone: str) -> ProjectorEntry | None:
+        """The way from one backbone to another, if the bundle has it."""
+        ways = (e for e in self.projectors if (e.from_backbone, e.to_backbone) == (from_backbone, to_backbone))
+        return next(ways, None)
 
     def artifact(self, precision: str) -> Artifact:
         """The candidate of that precision; ArtifactError names the ones there are."""
@@ -154,7 +193,10 @@ class Manifest:
         raise ArtifactError(f"{self.name} {self.version} has no {precision} artifact; it has {known}")
 
     def to_json(self) -> str:
-        return json.dumps(to_table(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        table = to_table(self)
+        if self.schema == SCHEMA_VERSION:
+            del table["projectors"]  # an older agent refuses a key that it does not know
+        return json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
@@ -169,9 +211,9 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{MANIFEST_NAME}: not JSON ({error}); build the bundle again") from error
         schema = table.get("schema") if isinstance(table, dict) else None
-        if type(schema) is not int or schema != SCHEMA_VERSION:
+        if type(schema) is not int or schema not in (SCHEMA_VERSION, PROJECTOR_SCHEMA):
             raise SchemaError(
-                f"{MANIFEST_NAME}: schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads; "
+                f"{MANIFEST_NAME}: schema {schema!r} is not {SCHEMA_VERSION} or {PROJECTOR_SCHEMA}, those this version reads; "
                 "update the agent, or build the bundle with a matching host"
             )
         return from_table(cls, table, where=MANIFEST_NAME, error=ArtifactError)

@@ -34,6 +34,7 @@ EVENT_KINDS = (
     "drift",
     "learned",
     "unlearned",
+    "migrated",
     "error",
 )
 VERBS = (

@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from device.contract.errors import FrameError
@@ -114,6 +114,19 @@ def list_frames(path: Path) -> list[tuple[str, Path]]:
         (frame_id if counts[frame_id] == 1 else distinct_id_of(name), path / name)
         for name, frame_id in zip(names, ids, strict=True)
     ]
+
+
+def named_frames(paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Frame ids and files of all these files and directories; FrameError where one is missing or holds none."""
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise FrameError(f"{path}: no such file or directory")
+        found = list_frames(path)
+        if not found:
+            raise FrameError(f"{path}: holds no frames (.npy, .pgm, .ppm, .png, .jpg, ...)")
+        files += found
+    return files
 
 
 def frame_id_of(name: str) -> str:

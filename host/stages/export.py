@@ -17,7 +17,17 @@ from converters.runners import open_features
 from converters.tflite import bake_head
 from converters.tflite_metadata import About
 from device.contract.board import load_board
-from device.contract.manifest import MANIFEST_NAME, Artifact, CoreMLArtifact, InputSpec, LearningSpec, Manifest
+from device.contract.manifest import (
+    MANIFEST_NAME,
+    PROJECTOR_SCHEMA,
+    SCHEMA_VERSION,
+    Artifact,
+    CoreMLArtifact,
+    InputSpec,
+    LearningSpec,
+    Manifest,
+    ProjectorEntry,
+)
 from device.contract.records import to_table
 from host.data.inputs import same_size
 from host.data.splits import ImageSplits, LabeledImages
@@ -31,7 +41,8 @@ from host.stages.coreml import Package, require_accuracy, write_package
 from host.stages.data import base_test_images, input_spec, load_model, load_split, model_entry
 from host.stages.documents import ml_bom, model_card, spdx
 from host.stages.features import ArrayOf, over_images, torch_features
-from host.stages.head import FittedHead, LinearHead, fit_head
+from host.stages.head import FittedHead, LinearHead, balanced, fit_head
+from host.stages.migrate import features_of_earlier, learn_projectors, parts_of, run_backbones
 from host.stages.proof import INFER_PATH, Reference, coreml_name, prove_coreml, prove_infer, prove_tflite
 from host.stages.quantize import artifact_path, calibration_frames
 from host.stages.train import WEIGHTS
@@ -61,6 +72,7 @@ class _Draft:
     heads: dict[str, np.ndarray] = field(default_factory=dict)
     golden: dict[str, np.ndarray] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
+    projectors: list[ProjectorEntry] = field(default_factory=list)
     coreml: CoreMLArtifact | None = None
 
 
@@ -94,9 +106,15 @@ def export(recipe: Recipe, run: Path, out: Path, report: Report) -> Mapping[str,
         report("export", steps - 1, steps, "Core ML against PyTorch")
         _add_coreml(draft, model, float_head)
     _require_budgets(draft)
+    if recipe.export.migrate_from:
+        report("export", steps - 1, steps, "projectors from earlier bundles")
+        _add_projectors(draft)
     digest = _write(draft)
     report("export", steps, steps, bundle_name(recipe))
-    return {"bundle": bundle_name(recipe), "bundle_sha256": digest, "float_accuracy": _float_accuracy(draft)}
+    metrics: dict[str, Any] = {"bundle": bundle_name(recipe), "bundle_sha256": digest}
+    if draft.projectors:
+        metrics["projectors"] = to_table(draft.projectors)
+    return metrics | {"float_accuracy": _float_accuracy(draft)}
 
 
 def bundle_name(recipe: Recipe) -> str:
@@ -213,6 +231,19 @@ def _add_coreml(draft: _Draft, model: nn.Module, head: LinearHead) -> None:
     draft.files[COREML_PATH] = path
 
 
+def _add_projectors(draft: _Draft) -> None:
+    """The ways from the backbones of earlier bundles to those of this one."""
+    train, held_out = parts_of(draft.split, balanced(draft.split.train.labels, seed=draft.recipe.seed))
+    ours = list(run_backbones(draft.run / "quantize", draft.artifacts, draft.spec, train, held_out))
+    done = {artifact.backbone for artifact in draft.artifacts}
+    for bundle in draft.recipe.export.migrate_from:
+        earlier = [b for b in features_of_earlier(Path(bundle), train, held_out) if b.artifact.backbone not in done]
+        done |= {backbone.artifact.backbone for backbone in earlier}
+        for entry, content in learn_projectors(earlier, ours, train.labels):
+            draft.projectors.append(entry)
+            draft.files[entry.path] = content
+
+
 def _require_budgets(draft: _Draft) -> None:
     entries = describe(draft.files)
     sizes = {artifact.precision: entries[artifact.path].bytes for artifact in draft.artifacts}
@@ -254,6 +285,8 @@ def _write(draft: _Draft) -> str:
         licence=licence,
         provenance=provenance,
         files=describe(draft.files),
+        projectors=tuple(draft.projectors),
+        schema=PROJECTOR_SCHEMA if draft.projectors else SCHEMA_VERSION,
     )
     files = {**draft.files, MANIFEST_NAME: manifest.to_json().encode()}
     return write_bundle(files, draft.out / bundle_name(draft.recipe))

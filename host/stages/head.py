@@ -52,14 +52,14 @@ def fit_head(recipe: Recipe, split: ImageSplits, spec: InputSpec, features_of: A
     Of more than `HEAD_IMAGES` training images it takes an equal share of every class: means and a covariance need no
     more, and a board's artifact works image by image.
     """
-    chosen = split.train.take(_balanced(split.train.labels, seed=recipe.seed))
+    chosen = split.train.take(balanced(split.train.labels, seed=recipe.seed))
     features = over_images(features_of, chosen.images, spec)
     learner = SLDA(len(split.base_names), features.shape[1], shrinkage=recipe.continual.shrinkage)
     learner.update(features, chosen.labels)
     return FittedHead(learner=learner, linear=LinearHead(*learner.linear()), features=features)
 
 
-def _balanced(labels: np.ndarray, *, seed: int) -> np.ndarray:
+def balanced(labels: np.ndarray, *, seed: int) -> np.ndarray:
     """Indices int64 [n] in their order: all, or up to an equal share of `HEAD_IMAGES` of every class."""
     if len(labels) <= HEAD_IMAGES:
         return np.arange(len(labels))

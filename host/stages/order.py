@@ -28,6 +28,8 @@ def run_recipe(recipe: Recipe, runs: Path, *, until: str, report: Report) -> Pat
     weights = _weights_digest(recipe, directory)
     _require_model(recipe, until)
     _require_classes(recipe)
+    for bundle in recipe.export.migrate_from if until == "export" else ():
+        _earlier(bundle)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _take_part(recipe, weights, directory, report):
         return directory
     upstream = ""
@@ -114,6 +116,7 @@ def _stage(name: str, recipe: Recipe, weights: str, directory: Path, report: Rep
             **table,
             "images": common["images"],
             "board_profiles": [to_table(load_board(board)) for board in recipe.export.boards],
+            "earlier_bundles": [sha256_of(_earlier(bundle)) for bundle in recipe.export.migrate_from],
         }
 
     def work(out: Path) -> dict[str, object]:
@@ -131,6 +134,13 @@ def _teacher_inputs(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f'distill.teacher: {path} is not a file; name a model.safetensors, or "train"')
         inputs["teacher_weights"] = sha256_of(path)
     return inputs
+
+
+def _earlier(bundle: str) -> Path:
+    path = Path(bundle)
+    if not path.is_file():
+        raise RecipeError(f"export.migrate_from: {path} is not a file; name a bundle that boards have learned on")
+    return path
 
 
 def _weights_digest(recipe: Recipe, directory: Path) -> str:

@@ -6,16 +6,33 @@ from pathlib import Path
 
 import pytest
 
+from device.contract.manifest import ProjectorEntry
 from tests.support.agent import Field
 from tests.support.broker import mosquitto
 from tests.support.delegates import compile_delegate
-from tests.support.tiny_bundle import TinyModel, convert_tiny_model, ready_tiny_model
+from tests.support.tiny_bundle import TinyModel, convert_tiny_model, projector_between, ready_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Converted here, or, in an environment that cannot, the one in the file FIELDVIT_TINY_MODEL."""
     return ready_tiny_model() or convert_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """The same task with another backbone."""
+    if ready_tiny_model():
+        pytest.skip("a second backbone cannot be converted here")
+    return convert_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def projector(
+    tiny_model: TinyModel, other_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ProjectorEntry, bytes]:
+    """From the tiny model's features to the other's."""
+    return projector_between(tiny_model, other_model, tmp_path_factory.mktemp("projector"))
 
 
 @pytest.fixture

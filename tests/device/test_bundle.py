@@ -102,7 +102,7 @@ def test_an_extracted_bundle_is_checked_again(bundle: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"schema": 1', '"schema": 2', "schema 2 is not 1"),
+        ('"schema": 1', '"schema": 3', "schema 3 is not 1 or 2"),
         ('"release": 1', '"release": 0', "release must be 1 or more"),
         ('"task"', '"tusk"', "unknown key 'tusk'"),
         ('"version": "0.1.0"', '"version": "new"', "must be like 1.2.3"),

@@ -18,7 +18,10 @@ from tests.support.broker import find_free_port
 from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import LABELS, write_frames
 
-VERBS = ("run", "update", "status", "rollback", "infer", "selftest", "setup", "doctor")
+VERBS = (
+    *("run", "update", "status", "rollback", "learn", "undo", "learned"),
+    *("infer", "selftest", "setup", "doctor"),
+)
 
 
 def require_one_error_line(result, exit_code: int, *texts: str) -> None:
@@ -46,7 +49,7 @@ def test_help_lists_every_verb():
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("doctor", "setup")])
 def test_a_missing_root_is_one_line(tmp_path: Path, verb: str):
-    extra = ["frame.npy"] if verb == "infer" else []
+    extra = {"infer": ["frame.npy"], "learn": ["label", "frame.npy"], "learned": ["list"]}.get(verb, [])
     require_one_error_line(run_cli(verb, "--root", tmp_path / "none", *extra), 2, str(tmp_path / "none"), "--root DIR")
 
 

@@ -92,14 +92,14 @@ def test_a_lesson_that_another_builds_on_stays(board: Board, monkeypatch):  # no
     classifier = board.classifier()
     teach(classifier, board, *THREE)
     before = classifier.head
-    teach_one = classifier._teach
+    teach_one = classifier.propose
 
     def refuse(old: Head, label: str, features: np.ndarray) -> Head:
         if label == NEW_LABEL:
             raise LearningError("too few")
         return teach_one(old, label, features)
 
-    monkeypatch.setattr(classifier, "_teach", refuse)
+    monkeypatch.setattr(classifier, "propose", refuse)
     with pytest.raises(
         LearningError, match=r"lesson 'a' stays: lesson 'c' builds on it \(too few\); take that back first"
     ):

@@ -55,10 +55,16 @@ class Field:
         )
 
     def publish(
-        self, release: int, *, files: dict[str, bytes] | None = None, channel: str = "stable", **changes: object
+        self,
+        release: int,
+        *,
+        model: TinyModel | None = None,
+        files: dict[str, bytes] | None = None,
+        channel: str = "stable",
+        **changes: object,
     ) -> Path:
-        """Put a bundle of that release into the repository."""
-        bundle = write_bundle(self.directory, self.model, release=release, files=files, **changes)
+        """Put a bundle of that release into the repository, of another `model` than this board began with if one is given."""
+        bundle = write_bundle(self.directory, model or self.model, release=release, files=files, **changes)
         self.repository.publish(bundle, channel)
         return bundle
 

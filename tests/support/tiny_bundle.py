@@ -8,13 +8,21 @@ import io
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from device.contract.manifest import Artifact, FileEntry, InputSpec, LearningSpec, Manifest
+from device.contract.manifest import (
+    PROJECTOR_SCHEMA,
+    Artifact,
+    FileEntry,
+    InputSpec,
+    LearningSpec,
+    Manifest,
+    ProjectorEntry,
+)
 from device.engine import Engine
 from device.learning.slda import SLDA
 from device.preprocess import preprocess
@@ -66,10 +74,13 @@ def write_frames(directory: Path, count: int, class_index: int, *, seed: int = 0
     return paths
 
 
-def convert_tiny_model(directory: Path) -> TinyModel:
-    """Convert the model and compute its head and golden outputs with the device's own code."""
-    tflite = directory / "tiny.tflite"
-    _convert(tflite)
+def convert_tiny_model(directory: Path, *, seed: int = 0) -> TinyModel:
+    """Convert the model and compute its head and golden outputs with the device's own code.
+
+    Another seed is another backbone: the same task, but its features are others.
+    """
+    tflite = directory / f"tiny-{seed}.tflite"
+    _convert(tflite, seed)
     _write_newer(tflite, directory / "newer.tflite")
     engine = Engine(tflite)
     frames = np.concatenate([make_frames(40, k, seed=1) for k in range(4)])
@@ -118,8 +129,8 @@ def bundle_files(model: TinyModel) -> dict[str, bytes]:
     """The content of every file but the manifest."""
     return {
         **{f"model.{precision}.tflite": model.tflite for precision in PRECISIONS},
-        "head.npz": _npz(model.head),
-        "golden.npz": _npz(model.golden),
+        "head.npz": npz(model.head),
+        "golden.npz": npz(model.golden),
         "labels.txt": "\n".join(LABELS).encode(),
     }
 
@@ -170,6 +181,36 @@ def write_bundle(
     return path
 
 
+def projector_between(old: TinyModel, new: TinyModel, directory: Path) -> tuple[ProjectorEntry, bytes]:
+    """The file of a bundle of `new` for boards that learned on `old`, learned from frames of the shipped classes."""
+    from host.continual.projector import class_means, fit_projector, measure_fit
+
+    engines = []
+    for name, model in (("old", old), ("new", new)):
+        path = directory / f"{name}.tflite"
+        path.write_bytes(model.tflite)
+        engines.append(Engine(path))
+    frames = np.concatenate([make_frames(60, k, seed=3) for k in range(4)])
+    labels = np.repeat(np.arange(4), 60)
+    before, after = ([engine.features(preprocess(frame[None], SPEC)) for frame in frames] for engine in engines)
+    x, y = np.stack(before), np.stack(after)
+    projector = fit_projector(x[::2], y[::2])
+    means, mean = class_means(y[::2], labels[::2]), y[::2].mean(axis=0)
+    fit = measure_fit(projector, old=x[1::2], new=y[1::2], means=means, mean=mean)
+    ends = {
+        "from_backbone": hashlib.sha256(old.tflite).hexdigest(),
+        "to_backbone": hashlib.sha256(new.tflite).hexdigest(),
+    }
+    arrays = {"backbones": np.array(list(ends.values()))}
+    arrays |= {name: getattr(projector, name).astype(np.float32) for name in ("weight", "bias", "residual")}
+    return ProjectorEntry(path="projector.npz", **ends, **asdict(fit)), npz(arrays)
+
+
+def with_projector(entry: ProjectorEntry, content: bytes) -> dict[str, Any]:
+    """What `write_bundle` and `Field.publish` take to add a projector."""
+    return {"files": {entry.path: content}, "projectors": (entry,), "schema": PROJECTOR_SCHEMA}
+
+
 def write_zip(path: Path, contents: Mapping[str, bytes]) -> None:
     """A stored zip of these members, whatever they are called."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -180,16 +221,17 @@ def write_zip(path: Path, contents: Mapping[str, bytes]) -> None:
 def wrong_golden(model: TinyModel) -> dict[str, bytes]:
     """Golden outputs that no board will reproduce: as if the model computed something else here."""
     golden = {name: array + 1 if name.endswith("/features") else array for name, array in model.golden.items()}
-    return {"golden.npz": _npz(golden)}
+    return {"golden.npz": npz(golden)}
 
 
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The bytes of an .npz."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-def _convert(path: Path) -> None:
+def _convert(path: Path, seed: int) -> None:
     import litert_torch
     import torch
 
@@ -208,7 +250,7 @@ def _convert(path: Path) -> None:
         def forward(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
             return features @ weight + bias
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     head_inputs = (torch.zeros(1, 16), torch.zeros(16, 4), torch.zeros(4))
     with quiet():
         model = litert_torch.signature("features", Features().eval(), (torch.zeros(1, 8, 8, 1),))

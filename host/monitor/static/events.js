@@ -10,6 +10,7 @@ export const kinds = {
   drift: ["Drift", "warn"],
   learned: ["Learned", "accent"],
   unlearned: ["Unlearned", "accent"],
+  migrated: ["Migrated", "accent"],
   error: ["Error", "bad"],
 };
 
@@ -28,6 +29,7 @@ const reasons = {
   latency: "it was slower than the board allows",
   memory: "it needed more memory than the board allows",
   crash: "it crashed while it was tested",
+  "learned-loss": "it would drop classes that the device was taught",
 };
 const spoken = ["reason", "message", "error", "detail"];
 const hidden = new Set([...spoken, "name", "version", "model"]);
