@@ -69,7 +69,9 @@ def run(directory: Path, *, processes: int) -> ElementTree.Element:
         "FIELDVIT_TINY_MODEL": str(model),
         "PYTHONPATH": str(ROOT),
     }
-    subprocess.run([*command, SUITE], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False)
+    tested = subprocess.run([*command, SUITE], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False)
+    if tested.returncode not in (0, 1):  # 1: tests failed; anything else, and the report tells of a part of them
+        raise BenchError(f"pytest of {TESTS} did not come to its end (exit code {tested.returncode}); see above")
     try:
         return ElementTree.parse(path).getroot()
     except OSError as error:
