@@ -186,7 +186,7 @@ def _notes(rows: Sequence[Row]) -> str:
     kept = [row["migrated_taught"] / row["before_taught"] for row in rows if row.get("before_taught")]
     return (
         f"Of the taught classes' accuracy on the old backbone, the migrated head keeps {min(kept):.1%} or more, "
-        f"{sum(kept) / len(kept):.1%} on average, in {len(rows)} pairs of backbones. `left_behind` counts classes that the guard "
+        f"{sum(kept) / len(kept):.1%} on average, in {len(rows)} replacements. `left_behind` counts classes that the guard "
         "did not let move. The projector has seen no image of the taught classes."
     )
 
