@@ -29,6 +29,7 @@ from device.engine import Engine
 from device.golden import check_golden
 from device.journal import Entry
 from device.learned import LearnedStore
+from device.memory import give_back
 from device.preprocess import preprocess
 from device.probation import Probation
 from device.ring import FeatureRing
@@ -253,6 +254,7 @@ class Serving:
                 return
             self._slots.confirm(model.slot)
             self._previous, self._served = None, replace(served, probation=None)
+            give_back()
             log.info("slot %s confirmed: %s %s", model.slot, model.manifest.name, model.manifest.version)
 
     def revert(self, model: Model, reason: str, detail: str) -> None:
