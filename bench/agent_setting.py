@@ -27,7 +27,7 @@ from tests.support.agent import DEVICE_PYTHON, REPO_ROOT
 
 FAVOUR = -10
 DISTINCT_FRAMES = 64
-AHEAD_S, MIN_AHEAD = 2.0, 100
+AHEAD_S, MIN_AHEAD, MAX_AHEAD = 2.0, 100, 10_000
 FEED_S = 0.1
 THREADS = 1
 
@@ -197,11 +197,11 @@ class Feeder:
             thread.join()
 
     def _run(self, moments: Moments, first: int, stop: threading.Event) -> None:
-        removed, ahead, before = first, MIN_AHEAD, 0
+        removed, before, since = first, 0, time.monotonic()
         while not stop.wait(FEED_S):
-            count = moments.count
-            rate, before = (count - before) / FEED_S, count
-            ahead = max(ahead, int(AHEAD_S * rate))
+            count, now = moments.count, time.monotonic()
+            rate, before, since = (count - before) / (now - since), count, now
+            ahead = min(max(int(AHEAD_S * rate), MIN_AHEAD), MAX_AHEAD)
             self._give(first + count + ahead - self._given)
             for number in range(removed, first + count):
                 (self._frames / self._name(number)).unlink()
