@@ -48,9 +48,9 @@ from tests.support.web import serve
 MODELS = ("efficientformer/l1", "efficientformer/field-32")
 STEADY, UPDATE, RECONNECT, INSTALLED = "steady", "update", "reconnect", "installed"
 SETTINGS = {
-    STEADY: {"pairs": 9, "seconds": 12.0},
-    UPDATE: {"cycles": 12, "calm_s": 8.0},
-    RECONNECT: {"cycles": 12, "calm_s": 8.0},
+    STEADY: {"pairs": 7, "seconds": 10.0},
+    UPDATE: {"cycles": 10, "calm_s": 6.0},
+    RECONNECT: {"cycles": 10, "calm_s": 6.0},
 }
 WARM_UP_S = 1.0
 START_TIMEOUT_S, EVENT_TIMEOUT_S = 60.0, 180.0

@@ -23,11 +23,11 @@ from device.classifier import read_base_head
 from device.contract.bundle import extract
 from host.errors import BenchError
 from host.fleet.repository import UpdateRepository
-from tests.support.agent import DEVICE_PYTHON, REPO_ROOT, run_cli
+from tests.support.agent import DEVICE_PYTHON, REPO_ROOT
 
 FAVOUR = -10
 DISTINCT_FRAMES = 64
-AHEAD_S, MIN_AHEAD = 2.0, 100
+AHEAD_S, MIN_AHEAD, MAX_AHEAD = 2.0, 100, 10_000
 FEED_S = 0.1
 THREADS = 1
 
@@ -51,9 +51,9 @@ class Setting:
         (setting.root / "frames").mkdir()
         setting.configure()
         setting.publish()
-        done = run_cli("update", "--root", setting.root)
-        if done.returncode:
-            raise BenchError(f"the first release was not installed: {done.stderr.strip().splitlines()[-1]}")
+        log = directory / "install.log"
+        if _start(["-m", "device.cli", "update", "--root", setting.root], log).wait():
+            raise BenchError(f"the first release was not installed: {log.read_text().strip().splitlines()[-1]}")
         return setting
 
     @property
@@ -120,6 +120,14 @@ class Setting:
 @contextmanager
 def favoured(words: Sequence[object], log_path: Path) -> Iterator[subprocess.Popen]:
     """Run a program of the board's interpreter, ahead of the machine's other work; it is stopped at the end."""
+    process = _start(words, log_path)
+    try:
+        yield process
+    finally:
+        end(process, log_path)
+
+
+def _start(words: Sequence[object], log_path: Path) -> subprocess.Popen:
     python = os.environ.get("FIELDVIT_DEVICE_PYTHON", str(DEVICE_PYTHON))
     with log_path.open("ab") as log:
         process = subprocess.Popen(
@@ -133,10 +141,7 @@ def favoured(words: Sequence[object], log_path: Path) -> Iterator[subprocess.Pop
     with suppress(PermissionError, FileNotFoundError):  # only root may, and not every kernel groups by session
         os.setpriority(os.PRIO_PROCESS, process.pid, FAVOUR)
         Path(f"/proc/{process.pid}/autogroup").write_text(str(FAVOUR))
-    try:
-        yield process
-    finally:
-        end(process, log_path)
+    return process
 
 
 def _environment() -> dict[str, str]:
@@ -192,11 +197,11 @@ class Feeder:
             thread.join()
 
     def _run(self, moments: Moments, first: int, stop: threading.Event) -> None:
-        removed, ahead, before = first, MIN_AHEAD, 0
+        removed, before, since = first, 0, time.monotonic()
         while not stop.wait(FEED_S):
-            count = moments.count
-            rate, before = (count - before) / FEED_S, count
-            ahead = max(ahead, int(AHEAD_S * rate))
+            count, now = moments.count, time.monotonic()
+            rate, before, since = (count - before) / (now - since), count, now
+            ahead = min(max(int(AHEAD_S * rate), MIN_AHEAD), MAX_AHEAD)
             self._give(first + count + ahead - self._given)
             for number in range(removed, first + count):
                 (self._frames / self._name(number)).unlink()

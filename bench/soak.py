@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from bench.agent_overhead import Bench, require_mosquitto
-from bench.agent_setting import DISTINCT_FRAMES, Setting, frame_id, memory_of, wait_until
+from bench.agent_setting import DISTINCT_FRAMES, frame_id, memory_of, wait_until
 from bench.jobs import Job, Table, main_of
 from bench.moments import Moments
 from bench.record import Row
@@ -42,7 +42,7 @@ MINUTES = 60.0
 SAMPLE_S, WARM_UP_SHARE = 10.0, 0.2
 UPDATE_S, LESSON_S, BROKER_S = 120.0, 20.0, 300.0
 EXAMPLES = 4
-START_TIMEOUT_S, REPLY_TIMEOUT_S = 60.0, 60.0
+START_TIMEOUT_S, REPLY_TIMEOUT_S, CONNECT_TIMEOUT_S, UPDATE_TIMEOUT_S = 60.0, 60.0, 120.0, 180.0
 MAX_SLOPE_MB_PER_H = 3.0
 """What may be left of the slope's interval above zero: a leak that a board with 512 MB free bears for a week."""
 SMOOTH = 1.959964
@@ -189,7 +189,7 @@ def _trouble(
         wait_until(
             lambda: [setting.status()[name] for name in ("state", "release")] == ["confirmed", release],
             process,
-            180,
+            UPDATE_TIMEOUT_S,
             f"release {release} was confirmed",
         )
         tally.updates += 1
@@ -200,8 +200,11 @@ def _trouble(
         broker.enter_context(mosquitto(setting.directory / "broker", port))
         tally.broker_restarts += 1
 
+    def are_connected() -> bool:
+        return bool(monitor.client.is_connected() and setting.status()["connected"])
+
     def lesson() -> None:
-        _wait_connected(setting, process)
+        wait_until(are_connected, process, CONNECT_TIMEOUT_S, "agent and monitor were connected")
         taught = _ask(monitor, "learn", {"frame_ids": _same_photo(moments.count - 1), "label": "taught"})
         tally.lessons += taught is None
         undone = _ask(monitor, "undo", {}) if taught is None else taught
@@ -225,10 +228,6 @@ def _trouble(
 _EVERY_S = {"lesson": LESSON_S, "update": UPDATE_S, "broker": BROKER_S}
 
 
-def _wait_connected(setting: Setting, process: subprocess.Popen) -> None:
-    wait_until(lambda: bool(setting.status()["connected"]), process, 120, "the agent was connected")
-
-
 def _same_photo(last: int) -> list[str]:
     """The last frames that show what frame `last` shows."""
     return [frame_id(number) for number in range(last, -1, -DISTINCT_FRAMES)[:EXAMPLES]]
@@ -238,7 +237,10 @@ def _ask(monitor: Listener, verb: str, arguments: dict[str, Any]) -> str | None:
     """Send a command; why it was refused, or None."""
     name = f"{verb}-{time.monotonic_ns()}"
     monitor.send(encode_command(Command(id=name, verb=verb, expires=time.time() + 60, arguments=arguments)))
-    payload = monitor.wait_for("reply", lambda payload: decode_reply(payload).id == name, REPLY_TIMEOUT_S)
+    try:
+        payload = monitor.wait_for("reply", lambda payload: decode_reply(payload).id == name, REPLY_TIMEOUT_S)
+    except TimeoutError:
+        return f"{verb}: no reply within {REPLY_TIMEOUT_S:.0f} s"
     reply = decode_reply(payload)
     return None if reply.ok else f"{verb}: {reply.error}"
 

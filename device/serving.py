@@ -29,6 +29,7 @@ from device.contract.manifest import Artifact, Manifest
 from device.golden import check_golden
 from device.journal import Entry
 from device.learned import HEAD_NAME, LearnedStore
+from device.memory import give_back
 from device.migration import Fate, Migration, forecast, hold, is_same_state, loss_refusal, migrate
 from device.preprocess import preprocess
 from device.probation import Probation
@@ -306,6 +307,7 @@ class Serving:
                 return
             self._slots.confirm(model.slot)
             self._previous, self._served = None, replace(served, probation=None)
+            give_back()
             log.info("slot %s confirmed: %s %s", model.slot, model.manifest.name, model.manifest.version)
 
     def revert(self, model: Model, reason: str, detail: str) -> None:
