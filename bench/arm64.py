@@ -27,16 +27,15 @@ from bench.arm64_wheels import PYTHONS, device_requirements, resolve_wheels
 from bench.jobs import Job, Table, digest, digest_code, main_of
 from bench.record import Row
 from device.contract.bundle import extract
-from tests.support.tiny_bundle import convert_tiny_model, save_tiny_model, write_bundle
+from tests.support.tiny_bundle import convert_tiny_model, save_tiny_models, write_bundle
 
 HOME = ROOT / "build" / "arm64"
 ZOO = "efficientformer-field-32-cifar10"
 MATMUL = "import numpy as np; ones = np.ones((64, 64), 'f4'); print(np.unique(ones @ ones))"
-TINY = "tiny.npz"
 TEST_TIMEOUT_S = 7200.0
 TEST_ENVIRONMENT = {
     "FIELDVIT_PATIENCE": "20",
-    "FIELDVIT_TINY_MODEL": f"/{TINY}",
+    "FIELDVIT_TINY_MODELS": "/",
     "FIELDVIT_DEVICE_PYTHON": PYTHON,
     "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
 }
@@ -131,10 +130,10 @@ def compare_outputs(system: Arm64, name: str) -> Row:
 
 def run_tests(system: Arm64, file: str) -> Row:
     """Run one file of tests."""
-    if not system.path(TINY).exists():
+    if not system.path("tiny-1.npz").exists():
         with tempfile.TemporaryDirectory() as made:
-            save_tiny_model(convert_tiny_model(Path(made)), Path(made) / TINY)
-            system.add(Path(made) / TINY, TINY)
+            for path in save_tiny_models(Path(made)):
+                system.add(path, path.name)
     report = system.path("/report.xml")
     report.unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "--basetemp=/tmp/pytest", "--junitxml=/report.xml"]

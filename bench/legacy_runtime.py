@@ -28,9 +28,8 @@ LIMIT_S = 3600
 CONVERT = """
 import sys
 from pathlib import Path
-from tests.support.tiny_bundle import convert_tiny_model, save_tiny_model
-path = Path(sys.argv[1])
-save_tiny_model(convert_tiny_model(path.parent), path)
+from tests.support.tiny_bundle import save_tiny_models
+save_tiny_models(Path(sys.argv[1]))
 """
 
 
@@ -58,15 +57,14 @@ def run(directory: Path, *, processes: int) -> ElementTree.Element:
         BenchError: an environment is missing, the model cannot be converted, or pytest wrote no report.
     """
     board, python = python_of(BOARD), python_of(TESTS)
-    model = directory / "tiny.npz"
-    converted = subprocess.run([sys.executable, "-c", CONVERT, str(model)], cwd=ROOT, timeout=LIMIT_S, check=False)
+    converted = subprocess.run([sys.executable, "-c", CONVERT, str(directory)], cwd=ROOT, timeout=LIMIT_S, check=False)
     if converted.returncode:
         raise BenchError(f"the tests' model cannot be converted (exit code {converted.returncode}); see above")
     path = directory / "report.xml"
     command = [str(python), "-m", "pytest", "-q", "-n", str(processes), "--dist", "worksteal", f"--junitxml={path}"]
     environment = os.environ | {
         "FIELDVIT_DEVICE_PYTHON": str(board),
-        "FIELDVIT_TINY_MODEL": str(model),
+        "FIELDVIT_TINY_MODELS": str(directory),
         "PYTHONPATH": str(ROOT),
     }
     tested = subprocess.run([*command, SUITE], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False)

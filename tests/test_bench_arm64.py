@@ -58,8 +58,8 @@ def test_a_report_is_counted_by_outcome_with_names_and_reasons():
 
 def test_a_tiny_model_that_was_handed_over_is_the_same(tmp_path: Path, monkeypatch):
     tiny_model = convert_tiny_model(tmp_path)
-    save_tiny_model(tiny_model, tmp_path / "tiny.npz")
-    monkeypatch.setenv("FIELDVIT_TINY_MODEL", str(tmp_path / "tiny.npz"))
+    save_tiny_model(tiny_model, tmp_path / "tiny-0.npz")
+    monkeypatch.setenv("FIELDVIT_TINY_MODELS", str(tmp_path))
     ready = ready_tiny_model()
     extract(write_bundle(tmp_path, ready), tmp_path / "slot")
     outputs = golden_outputs(tmp_path / "slot")

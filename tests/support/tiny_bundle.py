@@ -106,18 +106,25 @@ def convert_tiny_model(directory: Path, *, seed: int = 0) -> TinyModel:
     )
 
 
-def save_tiny_model(model: TinyModel, path: Path) -> None:
-    """Write the model for `ready_tiny_model` elsewhere."""
+def save_tiny_models(directory: Path) -> list[Path]:
+    """Convert the model of both seeds that tests use, for `ready_tiny_model` elsewhere; returns the files."""
+    return [
+        save_tiny_model(convert_tiny_model(directory, seed=seed), directory / f"tiny-{seed}.npz") for seed in (0, 1)
+    ]
+
+
+def save_tiny_model(model: TinyModel, path: Path) -> Path:
     arrays = {f"{part}:{name}": a for part in ("head", "golden") for name, a in getattr(model, part).items()}
     files = {name: np.frombuffer(getattr(model, name), np.uint8) for name in ("tflite", "newer")}
     np.savez(path, **files, **arrays)  # type: ignore[arg-type]
+    return path
 
 
-def ready_tiny_model() -> TinyModel | None:
-    """The model from the file that FIELDVIT_TINY_MODEL names, where no converter is installed; None without it."""
-    if not (path := os.environ.get("FIELDVIT_TINY_MODEL")):
+def ready_tiny_model(seed: int = 0) -> TinyModel | None:
+    """The model from the directory that FIELDVIT_TINY_MODELS names, where no converter is installed; None without it."""
+    if not (directory := os.environ.get("FIELDVIT_TINY_MODELS")):
         return None
-    with np.load(path) as arrays:
+    with np.load(Path(directory) / f"tiny-{seed}.npz") as arrays:
         parts = {
             part: {name.partition(":")[2]: arrays[name] for name in arrays if name.startswith(f"{part}:")}
             for part in ("head", "golden")
