@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def ask(
         AgentBusyError: the agent belongs to somebody else.
         DeviceError: it was refused, or there was no answer in time.
     """
-    command = Command(id=uuid.uuid4().hex, verb=verb, expires=time.time() + EXPIRES_S, arguments=arguments)
+    command = Command(id=os.urandom(16).hex(), verb=verb, expires=time.time() + EXPIRES_S, arguments=arguments)
     payload = encode_command(command)
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise MessageError(f"{verb}: {len(payload)} bytes, {MAX_PAYLOAD_BYTES} are allowed; name fewer frames")

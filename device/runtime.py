@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,13 @@ def tflite_runtime() -> TfliteRuntime:
     problems = []
     for name, load in ((LITERT, _litert), (TFLITE_RUNTIME, _tflite_runtime)):
         try:
-            module = load()
+            version, module = load()
         except (ImportError, OSError) as error:
             problems.append(f"{name} ({error})")
             continue
         return TfliteRuntime(
             name=name,
-            version=metadata.version(name),
+            version=version,
             interpreter=module.Interpreter,
             load_delegate=module.load_delegate,
         )
@@ -109,13 +108,15 @@ def compiled_model(path: Path, weight_cache: Path, num_threads: int) -> Any:
     return CompiledModel.from_file(str(path), options=options)
 
 
-def _litert() -> Any:
+def _litert() -> tuple[str, Any]:
+    import ai_edge_litert
     from ai_edge_litert import interpreter
 
-    return interpreter
+    return ai_edge_litert.__version__, interpreter
 
 
-def _tflite_runtime() -> Any:
+def _tflite_runtime() -> tuple[str, Any]:
+    import tflite_runtime
     from tflite_runtime import interpreter
 
-    return interpreter
+    return tflite_runtime.__version__, interpreter

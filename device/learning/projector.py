@@ -49,7 +49,7 @@ class Projector:
         """Map features [n, D]; returns float32 [n, E]."""
         return np.asarray(features.astype(np.float64) @ self.weight + self.bias, np.float32)
 
-    def with_rest(self, features: np.ndarray, *, times: int, rng: np.random.Generator) -> np.ndarray:
+    def with_rest(self, features: np.ndarray, *, times: int, rng: "np.random.Generator") -> np.ndarray:
         """Map features [n, D] and add a draw of the rest, `times` over; returns float32 [times * n, E].
 
         Mapped features alone are too good to judge a head by: what the map cannot explain is missing in all of them.

@@ -7,7 +7,6 @@ id is `camera/`, a word that is new whenever the camera is opened, and a number.
 import os
 import sys
 import threading
-import uuid
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -31,7 +30,7 @@ class LiveIds:
     """Ids of frames that have no name: none comes twice, not even after a restart with a wrong clock."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix, self._numbers = f"{prefix}/{uuid.uuid4().hex[:12]}", count()
+        self._prefix, self._numbers = f"{prefix}/{os.urandom(6).hex()}", count()
 
     def __next__(self) -> str:
         return f"{self._prefix}-{next(self._numbers):08d}"
