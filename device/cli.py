@@ -66,9 +66,10 @@ def _update(arguments: argparse.Namespace) -> int:
     from device.verbs import serving_table
 
     root, config, board = _setup(arguments)
-    source = (
-        resolve_source(arguments.source, Path.cwd()) if arguments.source else resolve_source(config.update.source, root)
-    )
+    if arguments.source:
+        source = resolve_source(arguments.source, Path.cwd(), name="--from")
+    else:
+        source = resolve_source(config.update.source, root)
     if arguments.dry_run:
         return _show_preview(arguments, source)
     owner = lock_owner(root)
