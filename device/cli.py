@@ -207,6 +207,8 @@ def _status(arguments: argparse.Namespace) -> int:
     table["slots"] = {slot: to_table(slots.state(slot)) for slot in NAMES}
     lines = [f"agent: {'not running' if agent_pid is None else f'running, process {agent_pid}'}"]
     lines += [_slot_line(entry, is_served=entry["slot"] == table.get("slot")) for entry in table["slots"].values()]
+    if table.get("slot") is None:
+        lines.append("no model is served; 'fieldvit-device update' installs what the channel offers")
     if answer:
         lines.append(f"labels: {', '.join(table.get('labels', []))}; learned version {table.get('learned_version')}")
         lines.append(f"taught here: {', '.join(table.get('taught', [])) or 'nothing'}")
