@@ -356,7 +356,11 @@ def command(
         str, typer.Argument(help="status, diagnostics, undo, …; a wrong one lists all.", show_default=False)
     ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="NAME=VALUE, as the verb takes them.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="NAME=VALUE, as the verb takes them; text that looks like a number is quoted: 'label=\"8\"'.",
+            show_default=False,
+        ),
     ] = None,
     broker: Annotated[str, typer.Option(help="mqtt[s]://[USER@]HOST[:PORT].")] = "mqtt://127.0.0.1:1883",
     broker_password_file: Annotated[
@@ -381,7 +385,8 @@ def command(
     with alone, Commander(address.hostname, address.port, **login) as commander:
         reply = commander.send(receiver, verb, values, timeout_s=timeout)
     if not reply.ok:
-        raise FleetError(f"{receiver} refused {verb}: {reply.error}")
+        advice = "; text that looks like a number is quoted: 'NAME=\"8\"'" if "expected str" in str(reply.error) else ""
+        raise FleetError(f"{receiver} refused {verb}: {reply.error}{advice}")
     print(json.dumps(take_image(reply.result, image), indent=1))
 
 

@@ -199,6 +199,8 @@ def test_a_board_its_monitor_and_its_operator_meet_at_the_site_s_broker(capsys, 
             assert (code, json.loads(said)["sampling"]["max_fps"]) == (0, 7.0)
             code, _, said = run(capsys, "command", CAMERA, "snapshot", *site_option)
             assert (code, "snapshot is off on this board" in said) == (15, True)
+            code, _, said = run(capsys, "command", CAMERA, "learn", 'frame_ids=["a"]', "label=8", *site_option)
+            assert (code, "expected str, got 8; text that looks like a number is quoted" in said) == (15, True)
             code, _, said = run(capsys, "command", CAMERA, "fly", *site_option)
             assert (code, "'fly' is no command; commands are learn, undo" in said) == (15, True)
             address = site_broker(site.site.directory, "operator")
