@@ -168,6 +168,7 @@ class Agent:
         self._source.start()
         self._pulse.beat()
         self._notifier.ready(self._status_line())
+        log.info("%s serves %s; frames: %s", self._config.id, self._model_line(), self._config.source.kind)
         if self._serving.model is None or self._slots.last_number != proven:  # a slot was damaged: get it again
             self._check_for_update()
         code = self._loop()
@@ -473,9 +474,11 @@ class Agent:
 
     def _status_line(self) -> str:
         """What `systemctl status` shows."""
+        return f"{self._model_line()}; {self._frames} frames, {self._error_count} errors"
+
+    def _model_line(self) -> str:
         entry = self._slots.serving()
-        model = f"{entry.name} {entry.version} {entry.precision}, {entry.state}" if entry else "no model"
-        return f"{model}; {self._frames} frames, {self._error_count} errors"
+        return f"{entry.name} {entry.version} {entry.precision}, {entry.state}" if entry else "no model"
 
     def _announce(self) -> None:
         if self._connection:

@@ -278,9 +278,11 @@ class Classifier:
             new_features=features,
             new_labels=targets,
             max_drop=self._spec.max_drop,
+            names=labels,
         )
         is_shipped = label in self.base.labels
-        kept = guard.check_taught(learner, old.kept, Examples(features, targets)[: 0 if is_shipped else None])
+        own = Examples(features, targets)[: 0 if is_shipped else None]
+        kept = guard.check_taught(learner, old.kept, own, labels)
         return replace(new, kept=kept)
 
     def _shorten(self, start: Head, history: tuple[Lesson, ...]) -> tuple[Head, tuple[Lesson, ...]]:
@@ -367,9 +369,10 @@ def _find(history: tuple[Lesson, ...], lesson: str) -> Lesson:
     for kept in reversed(history):
         if kept.id == lesson or not lesson:
             return kept
-    known = ", ".join(repr(kept.id) for kept in history) or "none"
-    wanted = f"lesson {lesson!r}" if lesson else "a lesson"
-    raise LearningError(f"{wanted} cannot be taken back; those that can are: {known}")
+    if not history:
+        raise LearningError("no lesson is here to be taken back; 'fieldvit-device learned list' shows what was learned")
+    known = ", ".join(repr(kept.id) for kept in history)
+    raise LearningError(f"lesson {lesson!r} cannot be taken back; those that can are: {known}")
 
 
 def make_head(learner: SLDA, labels: Sequence[str], *, version: int, kept: Examples) -> Head:

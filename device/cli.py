@@ -66,9 +66,10 @@ def _update(arguments: argparse.Namespace) -> int:
     from device.verbs import serving_table
 
     root, config, board = _setup(arguments)
-    source = (
-        resolve_source(arguments.source, Path.cwd()) if arguments.source else resolve_source(config.update.source, root)
-    )
+    if arguments.source:
+        source = resolve_source(arguments.source, Path.cwd(), name="--from")
+    else:
+        source = resolve_source(config.update.source, root)
     if arguments.dry_run:
         return _show_preview(arguments, source)
     owner = lock_owner(root)
@@ -145,6 +146,7 @@ def _undo(arguments: argparse.Namespace) -> int:
 
 
 def _learned(arguments: argparse.Namespace) -> int:
+    from device.backup import read_backup
     from device.contract.errors import ArtifactError, ConfigError
     from device.hand import export_learned, learned_table
 
@@ -160,14 +162,15 @@ def _learned(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"learned {arguments.action}: name a file")
     if arguments.action == "export":
         done = export_learned(root, config, arguments.file)
-        _show(arguments, done, [f"wrote {done['file']}: version {done['version']}, {', '.join(done['taught'])}"])
+        _show(arguments, done, [f"wrote {done['file']}: version {done['version']}, {_labels(done['taught'])}"])
         return 0
     try:
         content = arguments.file.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{arguments.file}: cannot be read ({error.strerror})") from error
+    read_backup(content, arguments.file)  # here it is known by its name
     done = _tell(arguments, "restore", {"accept_loss": arguments.accept_loss}, attachment=content)
-    _show(arguments, done, [f"restored as version {done['version']}: {', '.join(done['labels'])}"])
+    _show(arguments, done, [f"restored as version {done['version']}: {_labels(done['labels'])}"])
     return 0
 
 
@@ -204,6 +207,8 @@ def _status(arguments: argparse.Namespace) -> int:
     table["slots"] = {slot: to_table(slots.state(slot)) for slot in NAMES}
     lines = [f"agent: {'not running' if agent_pid is None else f'running, process {agent_pid}'}"]
     lines += [_slot_line(entry, is_served=entry["slot"] == table.get("slot")) for entry in table["slots"].values()]
+    if table.get("slot") is None:
+        lines.append("no model is served; 'fieldvit-device update' installs what the channel offers")
     if answer:
         lines.append(f"labels: {', '.join(table.get('labels', []))}; learned version {table.get('learned_version')}")
         lines.append(f"taught here: {', '.join(table.get('taught', [])) or 'nothing'}")
@@ -317,6 +322,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command, as the verbs themselves do."""
 
+    _is_intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take options among a verb's words too: plain argparse refuses the files in `learn ripe --root DIR photos/`."""
+        if self._is_intermixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixing = False
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
 
@@ -374,15 +391,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_learning(verbs: Any) -> None:
     learn = _add(verbs, "learn", _learn, "teach a class by hand", "fieldvit-device learn ripe photos/ripe/")
-    learn.add_argument("label", help="of all these frames; a class it knows, or a new one")
+    learn.add_argument("label", metavar="LABEL", help="of all these frames; a class it knows, or a new one")
     learn.add_argument(
         "frames", nargs="*", type=Path, metavar="FRAME_OR_DIR", help="image files, or directories of them"
     )
     learn.add_argument(
-        "--id", dest="frame_ids", action="append", default=[], help="a frame that the running agent has just seen"
+        "--id",
+        dest="frame_ids",
+        metavar="FRAME_ID",
+        action="append",
+        default=[],
+        help="a frame that the running agent has just seen; repeatable",
     )
     undo = _add(verbs, "undo", _undo, "take a lesson back", "fieldvit-device undo")
-    undo.add_argument("lesson", nargs="?", help="its id, as 'learned list' shows it; without it, the last one")
+    undo.add_argument(
+        "lesson", nargs="?", metavar="LESSON", help="its id, as 'learned list' shows it; without it, the last one"
+    )
     learned = _add(
         verbs,
         "learned",
@@ -391,7 +415,7 @@ def _add_learning(verbs: Any) -> None:
         "fieldvit-device learned export backup.learned",
     )
     learned.add_argument("action", choices=("list", "export", "import"), help="what to do")
-    learned.add_argument("file", nargs="?", type=Path, help="the backup to write or to read")
+    learned.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the backup to write or to read")
     learned.add_argument(
         "--accept-loss", action="store_true", help="import also where it does not know a class taught since"
     )
@@ -412,7 +436,14 @@ def _add_set_up(verbs: Any) -> None:
     setup.add_argument(
         "--camera", default="", metavar="/dev/video0|csi", help="where frames come from, instead of ROOT/frames"
     )
-    setup.add_argument("--unit-dir", dest="unit_directory", type=Path, default=SYSTEM_UNITS, metavar="DIR")
+    setup.add_argument(
+        "--unit-dir",
+        dest="unit_directory",
+        type=Path,
+        default=SYSTEM_UNITS,
+        metavar="DIR",
+        help="systemd's directory (default %(default)s); where it cannot be written, the unit goes into --root",
+    )
     setup.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 
@@ -489,8 +520,12 @@ def _show(arguments: argparse.Namespace, table: dict[str, Any], lines: list[str]
     print(json.dumps(table, indent=1) if arguments.json else "\n".join(lines))
 
 
+def _labels(labels: list[str]) -> str:
+    return ", ".join(labels) or "no classes"
+
+
 def _slot_line(entry: dict[str, Any], *, is_served: bool) -> str:
-    model = f" {entry['name']} {entry['version']} {entry['precision']}" if entry["name"] else ""
+    model = f" {entry['name']} {entry['version']} {entry['precision']}".rstrip() if entry["name"] else ""
     reason = f" ({entry['reason']})" if entry["reason"] else ""
     return f"slot {entry['slot']}: {entry['state']}{reason}{model}{', served' if is_served else ''}"
 

@@ -334,8 +334,8 @@ def resolve_runtime(board: Board, overrides: RuntimeOverrides) -> Runtime:
     return replace(board.runtime, **{name: value for name, value in asdict(overrides).items() if value is not None})
 
 
-def require_source(source: str) -> None:
-    """Refuse what is neither a directory nor a web address; ConfigError says how to write one."""
+def require_source(source: str, *, name: str = "update.source") -> None:
+    """Refuse what is neither a directory nor a web address; ConfigError says how to write one, and where: `name`."""
     if source.startswith(SOURCE_PREFIX) and source != SOURCE_PREFIX and "\0" not in source:
         return
     try:
@@ -344,18 +344,18 @@ def require_source(source: str) -> None:
     except ValueError:
         is_address = False
     if not is_address or not source.isprintable() or " " in source:
-        raise ConfigError(f"update.source must be {SOURCE_PREFIX}PATH, or http(s)://HOST[:PORT]/PATH, got {source!r}")
+        raise ConfigError(f"{name} must be {SOURCE_PREFIX}PATH, or http(s)://HOST[:PORT]/PATH, got {source!r}")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError("update.source must hold no user, password, '?' or '#'; what is signed needs no secret")
+        raise ConfigError(f"{name} must hold no user, password, '?' or '#'; what is signed needs no secret")
 
 
-def resolve_source(source: str, base: Path) -> Path | str:
+def resolve_source(source: str, base: Path, *, name: str = "update.source") -> Path | str:
     """The directory of a `dir:PATH` update source, where a relative path starts at `base`, or the URL of another.
 
     Raises:
         ConfigError: another kind of source.
     """
-    require_source(source)
+    require_source(source, name=name)
     if source.startswith(SOURCE_PREFIX):
         return Path(os.path.normpath(base / source.removeprefix(SOURCE_PREFIX)))
     return source

@@ -109,7 +109,7 @@ def _parse_pnm(content: bytes, name: str, _channels: int) -> np.ndarray:
 
 def _decode_with_pillow(content: bytes, name: str, channels: int) -> np.ndarray:
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise FrameError(
             f"{name}: a picture of this kind needs Pillow; 'pip install pillow', or send .npy, PGM or PPM"
@@ -128,6 +128,9 @@ def _decode_with_pillow(content: bytes, name: str, channels: int) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise FrameError(f"{name}: {error}", reason="too-large") from error
+    except UnidentifiedImageError as error:  # whose words are about a buffer in memory
+        kinds = ", ".join(PILLOW_FORMATS)
+        raise FrameError(f"{name}: Pillow cannot decode it (it is none of {kinds})") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise FrameError(f"{name}: Pillow cannot decode it ({error})") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

@@ -38,6 +38,7 @@ from device.contract.topics import DeviceId
 DIRECTORY = "identity"
 CERTIFICATE, AUTHORITY, RECORD = "device.pem", "ca.pem", "enrolment.json"
 _PENDING_KEY = "pending.key"
+_USED_TOKEN = "token.sha256"
 TOKEN_PREFIX = "fv1."
 TIMEOUT_S = 20.0
 MAX_ANSWER_BYTES = 64 << 10
@@ -101,6 +102,8 @@ def decode_token(text: str) -> Token:
 def enrol(root: Path, device: DeviceId, token: str) -> Enrolment:
     """Get this board's first certificate; it replaces one that is there. A lost answer may be asked for again.
 
+    With the token that brought the certificate at hand, that one stays.
+
     Args:
         root: the data directory; `ROOT/identity` is written, whole or not at all.
         device: who the token was made for.
@@ -112,14 +115,30 @@ def enrol(root: Path, device: DeviceId, token: str) -> Enrolment:
     """
     known = decode_token(token)
     directory = root / DIRECTORY
+    digest = hashlib.sha256(known.secret.encode()).hexdigest()
+    if (present := _enrolled_with(root, device, digest)) is not None:
+        log.info("enrolled as %s with this token before, until %s", device, _day(present.expires))
+        return present
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority = _fetch_authority(known)
     key = _pending_key(directory)
     request = {"site": device.site, "device": device.device, "token": known.secret, "csr": _request(key, device)}
     answer = _ask(known.url, "/enrol", request, _client_context(authority))
     enrolment = _accept(directory, device, answer, key, authority, url=known.url)
+    write_atomic(directory / _USED_TOKEN, digest.encode())
     log.info("enrolled as %s until %s", device, _day(enrolment.expires))
     return enrolment
+
+
+def _enrolled_with(root: Path, device: DeviceId, digest: str) -> Enrolment | None:
+    """What this board got for the same token before: a set-up may be repeated, a token is good for once."""
+    directory = root / DIRECTORY
+    try:
+        is_same = (directory / _USED_TOKEN).read_text(encoding="ascii") == digest
+    except (OSError, ValueError):
+        return None
+    present = read_enrolment(root) if is_same and (directory / CERTIFICATE).exists() else None
+    return present if present and (present.site, present.device) == (device.site, device.device) else None
 
 
 def renew_if_due(root: Path, *, clock: Callable[[], float] = time.time) -> Enrolment | None:

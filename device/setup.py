@@ -162,12 +162,14 @@ def _enrolled(root: Path, wishes: Wishes, broker: dict[str, Any], enrol: Enrol |
         return Step(what=what, done="would write")
     if enrol is None:
         raise ConfigError("--token: this installation cannot enrol; install fieldvit[device]")
+    path = root / "identity" / "device.pem"
+    before = path.read_bytes() if path.exists() else b""
     given = enrol(root, DeviceId(wishes.site, wishes.device), wishes.token)
     if not wishes.broker:
         broker |= given
     else:
         broker |= {name: value for name, value in given.items() if name.endswith("_file")}
-    return Step(what=what, done="written")
+    return Step(what=what, done="unchanged" if before and path.read_bytes() == before else "written")
 
 
 def _write_config(

@@ -56,7 +56,7 @@ _ADVICE = {
     "expired": "renew it with 'fieldvit publish sign', and check this board's clock",
     "endless": "copy the repository again",
     "slow": "use a better connection or another mirror; what has come is kept",
-    "unreachable": "mount it, or check update.source in agent.toml",
+    "unreachable": "mount it, or check the network, update.source in agent.toml or --from",
     "disk": "make room on this board's disk, or check it",
 }
 

@@ -349,12 +349,18 @@ def monitor(
 
 @app.command(epilog="Example: fieldvit command greenhouse/cam-1 set-sampling max_fps=5 --site sites/greenhouse")
 def command(
-    device: Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=False)],
+    device: Annotated[
+        str, typer.Argument(help="SITE/DEVICE; without SITE that of --site, or home.", show_default=False)
+    ],
     verb: Annotated[
         str, typer.Argument(help="status, diagnostics, undo, …; a wrong one lists all.", show_default=False)
     ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="NAME=VALUE, as the verb takes them.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="NAME=VALUE, as the verb takes them; text that looks like a number is quoted: 'label=\"8\"'.",
+            show_default=False,
+        ),
     ] = None,
     broker: Annotated[str, typer.Option(help="mqtt[s]://[USER@]HOST[:PORT].")] = "mqtt://127.0.0.1:1883",
     broker_password_file: Annotated[
@@ -373,13 +379,14 @@ def command(
 
     values = parse_arguments(arguments or [])
     address = site_broker(site, "operator") if site else parse_broker_url(broker, password_file=broker_password_file)
-    receiver = DeviceId(*device.split("/", 1)) if "/" in device else DeviceId("home", device)
+    receiver = _receiver(device, site)
     login = {"username": address.username, "password": address.password, "tls": address.tls}
     alone = hold_identity(site, "operator") if site else contextlib.nullcontext()
     with alone, Commander(address.hostname, address.port, **login) as commander:
         reply = commander.send(receiver, verb, values, timeout_s=timeout)
     if not reply.ok:
-        raise FleetError(f"{receiver} refused {verb}: {reply.error}")
+        advice = "; text that looks like a number is quoted: 'NAME=\"8\"'" if "expected str" in str(reply.error) else ""
+        raise FleetError(f"{receiver} refused {verb}: {reply.error}{advice}")
     print(json.dumps(take_image(reply.result, image), indent=1))
 
 
@@ -495,6 +502,19 @@ def doctor(
         raise HostError("this machine is not ready; do what the lines marked 'fix' say")
 
 
+def _receiver(device: str, site: Path | None) -> DeviceId:
+    """The board meant by `SITE/DEVICE`, or by `DEVICE` alone: at the site that was named, else at `home`."""
+    from host.fleet.site import Site
+
+    own = Site(site).name if site else ""
+    receiver = DeviceId(*device.split("/", 1)) if "/" in device else DeviceId(own or "home", device)
+    if own and receiver.site != own:
+        raise FleetError(
+            f"{receiver}: {site} is the site {own!r}; write {own}/{receiver.device}, or name another --site"
+        )
+    return receiver
+
+
 def parse_directory(target: str) -> Path:
     """The path in `dir:PATH`; RecipeError for any other target."""
     kind, _, path = target.partition(":")
@@ -552,7 +572,10 @@ def _tell_progress(line: str) -> None:
 
 
 def _tell_flashed(root: Path, board: str, expires: datetime) -> None:
-    print(f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}; after that publish and flash again")
+    print(
+        f"{root} is ready for {board}, to be installed before {expires:%Y-%m-%d}; "
+        "after that 'fieldvit publish expire --renew' and flash again"
+    )
     print(f"start the board with: fieldvit-device run --root {root}")
 
 

@@ -37,7 +37,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], *, where: str, error: typ
     if missing:
         raise error(f"{where}: missing key {', '.join(map(repr, missing))}; add it")
     hints = get_type_hints(cls)
-    values = {name: _convert(hints[name], value, f"{where}.{name}", error) for name, value in table.items()}
+    inside = f"{where}: " if where.endswith(".toml") else f"{where}."  # a.toml.source would read as a file's name
+    values = {name: _convert(hints[name], value, inside + name, error) for name, value in table.items()}
     return cls(**values)
 
 

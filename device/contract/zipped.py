@@ -70,7 +70,7 @@ def read_member(bundle: Path, member: Member) -> bytes:
 
 
 def _members(file: BinaryIO, bundle: Path) -> dict[str, Member]:
-    start_of_directory = _require_plain_end(file)
+    start_of_directory = _require_plain_end(file, bundle)
     members: dict[str, Member] = {}
     offset = 0
     with zipfile.ZipFile(file) as archive:
@@ -87,7 +87,7 @@ def _members(file: BinaryIO, bundle: Path) -> dict[str, Member]:
     return members
 
 
-def _require_plain_end(file: BinaryIO) -> int:
+def _require_plain_end(file: BinaryIO, bundle: Path) -> int:
     """Check the last record, before `zipfile` believes it; returns where the directory starts."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _END.size, 0))
@@ -100,7 +100,9 @@ def _require_plain_end(file: BinaryIO) -> int:
         or comment
         or start + directory_bytes + _END.size != size
     ):
-        raise ArtifactError("its end is not that of a plain zip")
+        raise ArtifactError(
+            f"{bundle}: not a bundle, or cut off (its end is not that of a plain zip); name a NAME-VERSION.fieldvit"
+        )
     return int(start)
 
 

@@ -16,6 +16,7 @@ its own proves nothing: with equal priors it always is.) A class taught with a s
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +90,7 @@ def check(
     new_features: np.ndarray,
     new_labels: np.ndarray,
     max_drop: float,
+    names: Sequence[str] = (),
 ) -> GuardFigures:
     """Compare the proposed head with the bundle's and the served one.
 
@@ -101,6 +103,7 @@ def check(
         new_features: [B, D], the examples that `after` has just learned.
         new_labels: [B].
         max_drop: share of right answers on the guard features that all updates since the bundle's head may cost.
+        names: of the classes, for what is raised; without them it has their numbers.
 
     Raises:
         GuardError: the head is not finite or not bounded, the old classes lose more than `max_drop`, or the taught
@@ -122,17 +125,18 @@ def check(
             f"the old classes would fall from {figures.old_before:.4f} to {figures.old_after:.4f} right, "
             f"{drop:.4f} lost where {max_drop:.4f} is allowed; check the labels of the new examples"
         )
-    _require_learned(head_before, head_after, new_features, new_labels)
+    _require_learned(head_before, head_after, new_features, new_labels, names)
     return figures
 
 
-def check_taught(learner: SLDA, kept: Examples, taught: Examples) -> Examples:
+def check_taught(learner: SLDA, kept: Examples, taught: Examples, names: Sequence[str] = ()) -> Examples:
     """Check the classes taught in the field, and choose what to keep of the newest examples.
 
     Args:
         learner: the proposed one; it has learned `kept` and `taught`.
         kept: of earlier lessons.
         taught: of the lesson just learned, one class; empty for a class that the bundle shipped with.
+        names: as `check` takes them.
 
     Returns:
         `kept`, and of `taught` those that a head answers right without having learned them, while there is room.
@@ -149,8 +153,8 @@ def check_taught(learner: SLDA, kept: Examples, taught: Examples) -> Examples:
         allowed = max(1, math.floor(MAX_TAUGHT_DROP * len(own)))
         if lost > allowed:
             raise GuardError(
-                f"class {label}, taught before, would lose {lost} of its {len(own)} kept examples where {allowed} may be "
-                "lost; check the labels of the new examples"
+                f"class {_name(label, names)}, taught before, would lose {lost} of its {len(own)} kept examples where "
+                f"{allowed} may be lost; check the labels of the new examples"
             )
     is_right[: len(kept)] = True
     return everything[is_right]
@@ -185,6 +189,7 @@ def _require_learned(
     head_after: tuple[np.ndarray, np.ndarray],
     features: np.ndarray,
     labels: np.ndarray,
+    names: Sequence[str],
 ) -> None:
     _, bias_before = head_before
     for label in np.unique(labels):
@@ -194,9 +199,13 @@ def _require_learned(
         accuracy = _accuracy(head_after, features[own], labels[own])
         if accuracy < bound:
             raise GuardError(
-                f"class {label}: {accuracy:.4f} of its {own.sum()} examples would be answered right, "
+                f"class {_name(label, names)}: {accuracy:.4f} of its {own.sum()} examples would be answered right, "
                 f"the bound is {bound:.4f}; check their labels"
             )
+
+
+def _name(label: int, names: Sequence[str]) -> str:
+    return repr(names[label]) if names else str(label)
 
 
 def _accuracy(head: tuple[np.ndarray, np.ndarray], features: np.ndarray, labels: np.ndarray) -> float:

@@ -10,7 +10,6 @@ a `~` instead, always the same. So an id never names two files at a time, whatev
 """
 
 import hashlib
-import logging
 import os
 import re
 import threading
@@ -25,8 +24,6 @@ from device.sources.source import Tally
 
 MAX_ID_CHARACTERS = 200
 SETTLE_S = 2.0
-
-log = logging.getLogger(__name__)
 
 
 class DirectorySource:
@@ -99,8 +96,7 @@ class DirectorySource:
         elif now - since >= SETTLE_S:
             self._done.add(name)
             del self._pending[name]
-            self.tally.count_bad(error.reason)
-            log.warning("frame skipped: %s", error)
+            self.tally.skip(str(error), error.reason)
 
 
 def list_frames(path: Path) -> list[tuple[str, Path]]:

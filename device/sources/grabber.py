@@ -107,6 +107,8 @@ class Grabber:
                         if self._stop.is_set():
                             return
                 self.is_at_end = not self._is_endless
+                if has_frames and self.is_at_end:
+                    log.info("%s: was read to its end; no more frames come", self._name)
                 if not has_frames:
                     raise FrameError(f"{self._name}: holds no frames", reason="source")
                 failures = 0

@@ -8,7 +8,6 @@ A frame's id is `mqtt/` and the first 16 hex digits of its payload's SHA-256: wh
 """
 
 import hashlib
-import logging
 import threading
 from collections.abc import Iterator
 
@@ -17,8 +16,6 @@ from device.contract.messages import MAX_FRAME_PAYLOAD_BYTES
 from device.frames import Frame, decode_frame
 from device.sources.handover import Handover
 from device.sources.source import Tally
-
-log = logging.getLogger(__name__)
 
 
 class MessageSource:
@@ -33,10 +30,10 @@ class MessageSource:
     def receive(self, payload: bytes, *, is_retained: bool) -> None:
         """Take a message; quick, and without an error whatever it holds."""
         if is_retained:
-            self._refuse("a retained frame is not taken; publish frames without the retain flag", "unreadable")
+            self.tally.skip("a retained frame is not taken; publish frames without the retain flag", "unreadable")
         elif len(payload) > MAX_FRAME_PAYLOAD_BYTES:
             size = f"{len(payload)} bytes, over the limit of {MAX_FRAME_PAYLOAD_BYTES}"
-            self._refuse(f"a frame of {size}, is not taken; send it smaller", "too-large")
+            self.tally.skip(f"a frame of {size}, is not taken; send it smaller", "too-large")
         elif self._payloads.put_newest(payload):
             self.tally.count_dropped()
 
@@ -52,13 +49,9 @@ class MessageSource:
             try:
                 frame = Frame(frame_id, decode_frame(payload, frame_id, channels))
             except FrameError as error:
-                self._refuse(str(error), error.reason)
+                self.tally.skip(str(error), error.reason)
                 continue
             yield frame
 
     def wait(self, timeout_s: float, stop: threading.Event) -> None:
         self._payloads.wait(timeout_s, stop)
-
-    def _refuse(self, problem: str, reason: str) -> None:
-        self.tally.count_bad(reason)
-        log.warning("frame skipped: %s", problem)

@@ -1,17 +1,26 @@
 """What all frame sources have in common: how the agent asks for frames, and how those it does not get are counted."""
 
+import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from device.frames import Frame
+
+TOLD_PER_MINUTE = 10
+"""Skipped frames that the log names one by one; a folder of files that cannot be read must not fill it."""
+
+log = logging.getLogger(__name__)
 
 
 class Tally:
     """Frames that were not classified: bad ones by reason (`BAD_FRAME_REASONS`), and those dropped for newer ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._minute, self._lines = clock(), 0
         self._lock = threading.Lock()  # a source's thread counts, and the frame loop
         self._bad: Counter[str] = Counter()
         self._dropped = 0
@@ -20,6 +29,19 @@ class Tally:
     def count_bad(self, reason: str) -> None:
         with self._lock:
             self._bad[reason] += 1
+
+    def skip(self, problem: str, reason: str) -> None:
+        """Count a bad frame and log why, but no more than `TOLD_PER_MINUTE` a minute."""
+        with self._lock:
+            self._bad[reason] += 1
+            if self._clock() - self._minute >= 60:
+                self._minute, self._lines = self._clock(), 0
+            self._lines += 1
+            lines = self._lines
+        if lines <= TOLD_PER_MINUTE:
+            log.warning("frame skipped: %s", problem)
+        elif lines == TOLD_PER_MINUTE + 1:
+            log.warning("more frames are skipped, named again in a minute; 'fieldvit-device status' counts them all")
 
     def count_dropped(self) -> None:
         with self._lock:

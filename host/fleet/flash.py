@@ -62,6 +62,9 @@ def flash_directory(bundle: Path, root: Path, *, repository: Path, settings: Boa
         BoardMismatchError: the bundle was not built for this board.
     """
     manifest = read_manifest(bundle)
+    for path, option in ((root, "--to"), (root / settings.frames, "--frames")):
+        if path.exists() and not path.is_dir():
+            raise FleetError(f"{option}: {path} is a file; name a directory")
     if "coreml" in load_board(settings.board).support.formats:
         raise BoardMismatchError(
             f"{settings.board}: an app takes model.mlpackage or a .tflite file out of the bundle (a zip); "
@@ -113,13 +116,13 @@ def _identity(settings: BoardSettings) -> dict[str, str]:
 def _require_offered(bundle: Path, repository: Path, name: str, channel: str) -> ChannelOffer:
     offer = channel_offer(repository, channel)
     if offer is None or offer.bundle != name or published_digest(repository, name) != sha256_of(bundle):
-        offered = f"offers {offer.bundle}" if offer else "does not exist"
+        offered = f"offers {offer.bundle}, not this {name}" if offer else "does not exist"
         if offer and offer.bundle == name:
             offered = (
-                "offers other content under this name, so raise version and release in the recipe and export again;"
+                f"offers other content under the name {name}: raise version and release in the recipe, export again"
             )
         raise FleetError(
-            f"channel {channel} in {repository} {offered}, not this {name}; "
+            f"channel {channel} in {repository} {offered}; "
             f"run 'fieldvit publish {bundle} --repo {repository} --channel {channel}', with its --keys, first"
         )
     return offer

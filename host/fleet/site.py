@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -83,10 +84,12 @@ class SiteSettings:
             if not 1 <= getattr(self, name) <= 65535:
                 raise FleetError(f"site: {name} must be 1..65535, got {getattr(self, name)}")
         for hostname in (self.broker_hostname, self.enrol_hostname or self.broker_hostname):
-            if urlsplit(f"https://{_bracket(hostname)}:1").hostname != hostname.lower():
+            if not _is_hostname(hostname):
                 raise FleetError(f"site: {hostname!r} is no host name; name the machine as the boards reach it")
         if not 0 < self.device_days <= 3650:
-            raise FleetError(f"site: device certificates may live up to 3650 days, got {self.device_days:g}")
+            raise FleetError(
+                f"site: device certificates may live for more than 0 and up to 3650 days, got {self.device_days:g}"
+            )
 
     @property
     def enrol_url(self) -> str:
@@ -107,8 +110,11 @@ class Site:
         try:
             table = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            reason = "no such site" if isinstance(error, FileNotFoundError) else str(error)
-            raise FleetError(f"{path}: {reason}; make it with 'fieldvit fleet init SITE', or name --sites") from error
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            reason = "no such site" if missing else str(error)
+            raise FleetError(
+                f"{path}: {reason}; make it with 'fieldvit fleet init SITE', or name the directory where it is"
+            ) from error
         self.settings: SiteSettings = from_table(SiteSettings, table, where=str(path), error=FleetError)
         self._authority = Authority.load(directory)
 
@@ -128,7 +134,7 @@ class Site:
         """
         _require_device(self.name, device)
         if not 0 < hours <= 24 * 366:
-            raise FleetError(f"token: it may live for up to a year, got {hours:g} hours")
+            raise FleetError(f"token: it may live for more than 0 and up to 8784 hours, a year, got {hours:g}")
         secret = secrets.token_urlsafe(18)
         expires = self._clock() + timedelta(hours=hours)
         with self._transaction() as db:
@@ -337,6 +343,7 @@ def create_site(directory: Path, settings: SiteSettings) -> Site:
 def _fill_site(directory: Path, settings: SiteSettings, broker_files: PurePath) -> None:
     authority = Authority.create(directory, settings.site)
     write_atomic(directory / "site.json", json.dumps(to_table(settings), indent=1).encode() + b"\n")
+    (directory / "site.sqlite").touch(mode=0o600)  # for its owner, also where others may enter the directory
     site = Site(directory)
     for role in IDENTITIES:
         site.issue_identity(role)
@@ -385,6 +392,12 @@ def _hash(secret: str) -> str:
 def _plain(serial: str) -> str:
     """A serial number as `Issued` writes it: OpenSSL writes capitals and leading zeros."""
     return serial.lower().lstrip("0")
+
+
+def _is_hostname(text: str) -> bool:
+    """Whether a URL can name it: letters, digits, '.', '-' and '_', or an address."""
+    is_plain = re.fullmatch(r"[\w.:-]+", text) is not None
+    return is_plain and urlsplit(f"https://{_bracket(text)}:1").hostname == text.lower()
 
 
 def _bracket(hostname: str) -> str:

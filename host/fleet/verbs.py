@@ -1,9 +1,10 @@
 """`fieldvit fleet …`: sites, tokens, certificates."""
 
 import json
+import os
 import threading
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -45,9 +46,19 @@ def init(
     )
     directory = site_directory(sites, site)
     create_site(directory, settings)
-    print(f"{directory}: made; ca.key is the site, back it up and show it to nobody")
-    print(f"broker: give {directory / 'broker'} to the user who runs it, then mosquitto -c mosquitto.conf there")
-    print(f"boards: run 'fieldvit fleet enrol {site}', and 'fieldvit fleet token {site} DEVICE' for each")
+    print(f"{directory}: made; ca.key is the site's authority, back it up and show it to nobody")
+    if os.geteuid() == 0 and not broker_files:
+        give = f"chown -R mosquitto {directory / 'broker'} && chmod 711 {directory}"
+        print(f"broker: root's mosquitto runs as the user mosquitto: {give}")
+    if broker_files:
+        print(f"broker: what is in {directory / 'broker'} belongs into {broker_files} on its machine")
+    print(f"broker: start it with mosquitto -c {PurePath(broker_files or directory / 'broker') / 'mosquitto.conf'}")
+    where = "" if sites == SITES else f" --sites {sites}"
+    print(
+        f"boards: run 'fieldvit fleet enrol {site}{where}', and 'fieldvit fleet token {site} DEVICE{where}' for each;"
+    )
+    print("        with that token, on the board:")
+    print(f"        fieldvit-device setup --site {site} --device DEVICE --board BOARD --token -")
 
 
 @fleet_app.command("token", epilog="Example: fieldvit fleet token greenhouse cam-1 --hours 24")

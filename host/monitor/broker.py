@@ -84,7 +84,7 @@ def parse_broker_url(url: str, *, password_file: Path | None = None) -> BrokerAd
     try:
         port = (DEFAULT_PORT if parts.scheme == "mqtt" else TLS_PORT) if parts.port is None else parts.port
     except ValueError as error:
-        raise MonitorError(f"broker {parts.hostname}: {error}") from error
+        raise MonitorError(f"broker {url.rpartition('@')[2]!r}: {error}") from error
     if not parts.hostname or port == 0:
         raise MonitorError(f"broker {url}: name a host, and a port of 1..65535, as in mqtt://broker.local:1883")
     return BrokerAddress(

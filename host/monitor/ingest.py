@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 TOPICS = f"{ROOT}/+/+/+"
 QUEUE_LENGTH = 1000
 BATCH = 200
+FROM_HOST = ("command", "frame")
+"""The topics on which operators speak to boards."""
 RETRY_S = 1.0
 
 Record = State | Telemetry | Event | Reply | Result
@@ -197,7 +199,7 @@ class Ingest:
         try:
             topic = message.topic
             device, kind = parse_topic(topic)
-            if kind == "command":  # the host's own words
+            if kind in FROM_HOST:  # and no picture is kept here, a broker without access rules sends them too
                 return device
             record = _DECODERS[kind](payload, device)
             record_message(self._store, device, record, received=received, retained=message.retain)

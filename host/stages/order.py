@@ -9,7 +9,8 @@ from typing import Any
 
 from converters.errors import ConversionError
 from device.contract.board import load_board
-from device.contract.errors import DeviceError
+from device.contract.bundle import read_manifest
+from device.contract.errors import ArtifactError, DeviceError
 from device.contract.records import to_table
 from host.errors import HostError, RecipeError
 from host.files import sha256_of
@@ -29,7 +30,7 @@ def run_recipe(recipe: Recipe, runs: Path, *, until: str, report: Report) -> Pat
     _require_model(recipe, until)
     _require_classes(recipe)
     for bundle in recipe.export.migrate_from if until == "export" else ():
-        _earlier(bundle)
+        _require_bundle(_earlier(bundle))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _take_part(recipe, weights, directory, report):
         return directory
     upstream = ""
@@ -141,6 +142,14 @@ def _earlier(bundle: str) -> Path:
     if not path.is_file():
         raise RecipeError(f"export.migrate_from: {path} is not a file; name a bundle that boards have learned on")
     return path
+
+
+def _require_bundle(path: Path) -> None:
+    """Tell before the training that what the export needs afterwards is something else."""
+    try:
+        read_manifest(path)
+    except ArtifactError as error:
+        raise RecipeError(f"export.migrate_from: {error}") from error
 
 
 def _weights_digest(recipe: Recipe, directory: Path) -> str:

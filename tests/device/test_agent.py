@@ -157,7 +157,7 @@ def test_a_lesson_is_taken_back_and_sampling_is_kept_over_a_restart(field: Field
         assert (reply.ok, reply.result["label"], reply.result["classes"]) == (True, NEW_LABEL, 4)
         event = decode_event(listener.wait_for("event", is_event("unlearned")))
         assert (event.data["reason"], event.data["lesson"]) == ("undo", "lesson")
-        assert "those that can are: none" in ask(listener, "undo", "back-2").error
+        assert "no lesson is here to be taken back" in ask(listener, "undo", "back-2").error
 
         assert (
             "telemetry_interval_s must be 1..86400"

@@ -50,6 +50,12 @@ def test_every_truncation_is_refused(bundle: Path, tmp_path: Path):
             extract(cut, tmp_path / "out")
 
 
+def test_a_file_that_is_no_bundle_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "my.toml").write_text('name = "a recipe, and no bundle"')
+    with pytest.raises(ArtifactError, match=r"my\.toml: not a bundle, or cut off .*; name a NAME-VERSION\.fieldvit"):
+        read_manifest(tmp_path / "my.toml")
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "..\\evil", "a\\..\\evil"])
 def test_paths_that_leave_the_slot_are_refused(tmp_path: Path, name: str):
     table = make_manifest().to_json().replace(f'"{MODEL}": {{', f'"{name.replace(chr(92), chr(92) * 2)}": {{', 1)

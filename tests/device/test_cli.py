@@ -73,6 +73,10 @@ def test_a_missing_root_is_one_line(tmp_path: Path, verb: str):
             'site = "s"\ndevice = "d"\nboard = "generic-x86-64"\n[update]\nsource = "ftp:x"',
             "update.source must be dir:PATH",
         ),
+        (
+            'site = "s"\ndevice = "d"\nboard = "generic-x86-64"\n[source]\ncolour = 3',
+            "agent.toml: source: unknown key 'colour'",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_line(tmp_path: Path, text: str, message: str):
@@ -151,6 +155,7 @@ def test_verbs_without_a_model_say_what_to_do(field: Field):
     require_one_error_line(field.cli("rollback"), 3, "install one with 'fieldvit-device update'")
     require_one_error_line(field.cli("update", "--from", "dir:/nowhere"), 5, "refused (unreachable)", "/nowhere")
     assert json.loads(field.cli("status", "--json").stdout)["state"] == "empty"
+    assert "no model is served; 'fieldvit-device update' installs" in field.cli("status").stdout
 
 
 def test_a_board_by_hand(field: Field):

@@ -13,6 +13,7 @@ from PIL import Image
 from device.contract.errors import FrameError
 from device.frames import read_frame
 from device.sources.directory import SETTLE_S, DirectorySource, frame_id_of, list_frames
+from device.sources.source import TOLD_PER_MINUTE, Tally
 
 PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6)
 
@@ -91,6 +92,19 @@ def test_a_damaged_file_is_reported_once_and_stops_nothing(tmp_path: Path, caplo
     assert len(caplog.records) == 1
 
 
+def test_many_bad_frames_are_all_counted_but_do_not_fill_the_log(caplog: pytest.LogCaptureFixture):
+    clock = Clock()
+    tally = Tally(clock=clock)
+    for k in range(1000):
+        tally.skip(f"{k}.png: cannot be read", "unreadable")
+    assert len(caplog.records) == TOLD_PER_MINUTE + 1
+    assert "'fieldvit-device status' counts them all" in caplog.messages[-1]
+    clock.now += 60
+    tally.skip("late.png: cannot be read", "unreadable")
+    assert caplog.messages[-1] == "frame skipped: late.png: cannot be read"
+    assert tally.bad == {"unreadable": 1001}
+
+
 def test_formats_give_the_same_pixels(tmp_path: Path):
     np.save(tmp_path / "a.npy", PIXELS)
     np.save(tmp_path / "fortran.npy", np.asfortranarray(PIXELS))
@@ -120,7 +134,7 @@ def test_formats_give_the_same_pixels(tmp_path: Path):
             b"\x93NUMPY\x01\x00vv{'descr': '|u1', 'fortran_order': False, 'shape': (" + b"9" * 5000,
             "not a .npy",
         ),
-        ("a.png", b"no image", "Pillow cannot decode"),
+        ("a.png", b"no image", r"Pillow cannot decode it \(it is none of PNG"),
         ("a.txt", b"", "frames are .bmp"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from device.ask import ASK_DIRECTORY, Asked, ask
+from device.cli import main
 from device.contract.errors import AgentBusyError, DeviceError
 from device.contract.manifest import ProjectorEntry
 from device.contract.messages import Command, Reply, decode_event, decode_state, encode_command
@@ -80,8 +81,18 @@ def test_hand_tools_say_what_is_missing(field: Field):
     require_one_error_line(field.cli("learn", NEW_LABEL), 2, "name either files, or with --id frames")
     require_one_error_line(field.cli("learned", "export"), 2, "name a file")
     require_one_error_line(field.cli("learned", "export", field.directory / "x"), 3, "nothing was learned")
-    require_one_error_line(field.cli("undo"), 7, "a lesson cannot be taken back; those that can are: none")
+    require_one_error_line(field.cli("undo"), 7, "no lesson is here to be taken back")
     require_one_error_line(field.cli("learned", "import", field.directory / "none"), 3, "none: cannot be read")
+    other = field.root / "agent.toml"
+    require_one_error_line(field.cli("learned", "import", other), 3, "agent.toml: is no backup of learned state")
+
+
+def test_options_may_stand_among_the_words_of_a_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Plain argparse says of the files: unrecognized arguments."""
+    assert main(["learn", "ripe", "--root", str(tmp_path), "photos", "more"]) == 2
+    assert "agent.toml: no such file" in capsys.readouterr().err
+    assert main(["learned", "export", "--root", str(tmp_path), "backup.learned"]) == 2
+    assert "agent.toml: no such file" in capsys.readouterr().err
 
 
 def test_an_update_that_would_lose_a_class_waits_for_a_decision(field: Field, other_model: TinyModel, broker_port: int):

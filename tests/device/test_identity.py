@@ -53,7 +53,12 @@ def test_a_token_gives_a_certificate_and_the_key_stays_here(site: Site, tmp_path
         "cert_file": "identity/device.pem",
     }
     assert read_enrolment(tmp_path) == enrolment
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["ca.pem", "device.pem", "enrolment.json"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        "ca.pem",
+        "device.pem",
+        "enrolment.json",
+        "token.sha256",
+    ]
     assert b"PRIVATE KEY" in path.read_bytes()
     database = (site.directory / "site.sqlite").read_bytes()
     assert b"PRIVATE KEY" not in database
@@ -70,6 +75,19 @@ def test_a_lost_answer_can_be_asked_for_again_but_the_token_is_good_once(site: S
     with pytest.raises(EnrolmentError, match="used already; make another"):
         enrol(tmp_path / "b", DeviceId(SITE, "cam-2"), token)
     assert not (tmp_path / "b" / "identity" / "device.pem").exists()
+
+
+def test_a_set_up_that_is_repeated_keeps_the_certificate(site: Site, tmp_path: Path):
+    token, other = site.make_token("cam-8"), DeviceId(SITE, "cam-9")
+    first = enrol(tmp_path, DeviceId(SITE, "cam-8"), token)
+    before = certificate(tmp_path)
+    assert enrol(tmp_path, DeviceId(SITE, "cam-8"), token) == first
+    assert certificate(tmp_path) == before
+    with pytest.raises(EnrolmentError, match="not known here"):  # a token of this board is none of another's
+        enrol(tmp_path, other, token)
+    (tmp_path / "identity" / "device.pem").unlink()
+    with pytest.raises(EnrolmentError, match="used already; make another"):
+        enrol(tmp_path, DeviceId(SITE, "cam-8"), token)
 
 
 def test_tokens_of_others_old_ones_and_replaced_ones_are_refused(site: Site, tmp_path: Path):

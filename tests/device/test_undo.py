@@ -41,7 +41,7 @@ def test_the_last_lessons_are_taken_back_one_by_one(board: Board):  # noqa: F811
         assert (lesson.id, facts(head)) == (name, states[number])
         assert facts(board.classifier().head) == states[number]  # on the disk, too
     assert (classifier.head.version, classifier.head.labels) == (6, LABELS)
-    with pytest.raises(LearningError, match="a lesson cannot be taken back; those that can are: none"):
+    with pytest.raises(LearningError, match="no lesson is here to be taken back"):
         classifier.undo()
 
 

@@ -74,6 +74,17 @@ def test_a_channel_that_does_not_exist_is_named(published, tmp_path):
         flash_directory(bundle, tmp_path / "b", repository=repository, settings=replace(SETTINGS, channel="beta"))
 
 
+@pytest.mark.parametrize(("name", "option"), [("board", "--to: "), ("board/frames", "--frames: ")])
+def test_a_file_where_a_directory_should_be_is_named_before_anything_is_written(published, tmp_path, name, option):
+    bundle, repository = published
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("a file")
+    with pytest.raises(FleetError, match=f"{option}.*{name} is a file; name a directory"):
+        flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)
+    assert not list(tmp_path.glob("board/*.toml"))
+
+
 def test_other_repository_is_refused(published, tmp_path):
     bundle, repository = published
     flash_directory(bundle, tmp_path / "board", repository=repository, settings=SETTINGS)

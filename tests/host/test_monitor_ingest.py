@@ -100,6 +100,7 @@ def test_every_kind_of_message_arrives_and_is_announced(broker, device, store):
     publish(device, "reply", encode_reply(Reply(id="x", ok=True)))
     publish(device, "result", encode_result(Result(frame_id="f", label="a", confidence=0.9, time=1.0)))
     publish(device, "command", b"{}")
+    publish(device, "frame", b"a picture, which is for the board alone")
     wait_until(lambda: received(store) == 2)
     ingest.stop()
     row = store.device(CAMERA)

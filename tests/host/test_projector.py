@@ -178,6 +178,17 @@ def test_a_missing_earlier_bundle_is_found_out_before_training(tmp_path: Path):
         run_recipe(recipe, tmp_path, until="export", report=lambda *_: pytest.fail("trained"))
 
 
+def test_an_earlier_bundle_that_is_none_is_found_out_before_training(tmp_path: Path):
+    from host.stages.order import run_recipe
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "old.fieldvit").write_text("name = 'a recipe, and no bundle'")
+    recipe = parse_recipe(RECIPE, where="recipe").found_from(tmp_path / "two")
+    with pytest.raises(RecipeError, match=r"export\.migrate_from: .*old\.fieldvit: not a bundle"):
+        run_recipe(recipe, tmp_path, until="export", report=lambda *_: pytest.fail("trained"))
+
+
 @pytest.mark.slow
 def test_taught_digits_survive_a_retrained_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The whole way, on real images: two recipes, an exported projector, lessons on int8 in LiteRT, and the move."""

@@ -95,7 +95,14 @@ def test_secrets_are_their_owner_s_and_a_site_is_made_whole_or_not_at_all(tmp_pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"site": "a b"}, {"broker_port": 0}, {"broker_hostname": "a/b"}, {"broker_hostname": ""}, {"device_days": 0}],
+    [
+        {"site": "a b"},
+        {"broker_port": 0},
+        {"broker_hostname": "a/b"},
+        {"broker_hostname": ""},
+        {"broker_hostname": "a b"},
+        {"device_days": 0},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(changes):
     with pytest.raises(ValueError if "site" in changes else FleetError):
@@ -114,6 +121,14 @@ def test_a_damaged_site_is_named(tmp_path: Path):
 def test_rules_shut_out_who_is_revoked_before_anything_else():
     rules = access_rules("lab", shut_out=["cam-9"])
     assert rules.index("user cam-9\ntopic deny #") < rules.index("user @monitor")
+
+
+def test_a_command_goes_to_the_site_that_was_named(capsys, tmp_path: Path):
+    create_site(tmp_path / "lab", SiteSettings(site="lab", broker_hostname="127.0.0.1", broker_port=9))
+    code, _, said = run(capsys, "command", "home/cam-1", "status", "--site", tmp_path / "lab")
+    assert (code, "home/cam-1: " in said, "is the site 'lab'; write lab/cam-1" in said) == (15, True, True)
+    code, _, said = run(capsys, "command", "cam-1", "status", "--site", tmp_path / "lab")
+    assert "broker 127.0.0.1:9: " in said
 
 
 def test_words_become_arguments():
@@ -184,6 +199,8 @@ def test_a_board_its_monitor_and_its_operator_meet_at_the_site_s_broker(capsys, 
             assert (code, json.loads(said)["sampling"]["max_fps"]) == (0, 7.0)
             code, _, said = run(capsys, "command", CAMERA, "snapshot", *site_option)
             assert (code, "snapshot is off on this board" in said) == (15, True)
+            code, _, said = run(capsys, "command", CAMERA, "learn", 'frame_ids=["a"]', "label=8", *site_option)
+            assert (code, "expected str, got 8; text that looks like a number is quoted" in said) == (15, True)
             code, _, said = run(capsys, "command", CAMERA, "fly", *site_option)
             assert (code, "'fly' is no command; commands are learn, undo" in said) == (15, True)
             address = site_broker(site.site.directory, "operator")
