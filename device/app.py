@@ -264,10 +264,12 @@ class Agent:
 
     def _step(self) -> None:
         """One look at the frame source."""
-        self._tick()
-        model = self._serving.model
-        has_new = model is not None and self._classify_new_frames(model)
-        self._connect()
+        try:
+            self._tick()
+            model = self._serving.model
+            has_new = model is not None and self._classify_new_frames(model)
+        finally:  # also when that fails: an agent that nobody can reach cannot be helped
+            self._connect()
         if model is None:
             self._stop.wait(self._config.source.poll_s)
         elif not has_new:
@@ -281,6 +283,7 @@ class Agent:
             self._process(model, frame)
             self._connect()
             self._tick()
+            self._pace()
             if self._stop.is_set() or self._serving.model is not model:
                 break
         return has_new
@@ -310,13 +313,17 @@ class Agent:
         if self._sampling.current.results and self._connection:
             result = Result(frame_id=frame.frame_id, label=answer.label, confidence=answer.confidence, time=time.time())
             self._connection.publish_result(encode_result(result))
-        self._pace()
 
     def _pace(self) -> None:
-        max_fps = self._sampling.current.max_fps
-        if max_fps:
-            self._next_frame = max(self._next_frame + 1 / max_fps, time.monotonic())
-            self._stop.wait(self._next_frame - time.monotonic())
+        """Wait until the next frame's turn; what is due meanwhile is done, so that a frame a minute is no hang."""
+        started = time.monotonic()
+        while (max_fps := self._sampling.current.max_fps) and not self._stop.is_set():  # it may be set anew meanwhile
+            due = max(self._next_frame + 1 / max_fps, started)
+            if (rest_s := due - time.monotonic()) <= 0:
+                self._next_frame = due
+                return
+            self._stop.wait(min(rest_s, ASKED_S))
+            self._tick()
 
     def _count_error(self, reason: str, detail: str) -> None:
         self._errors += 1
