@@ -7,6 +7,9 @@ from typing import Protocol
 
 from device.frames import Frame
 
+BAD_FRAMES_S = 1.0
+"""How long `poll` goes on over bad frames alone: decoding them takes time, and the frame loop has more to do."""
+
 
 class Tally:
     """Frames that were not classified: bad ones by reason (`BAD_FRAME_REASONS`), and those dropped for newer ones."""
@@ -57,7 +60,7 @@ class Source(Protocol):
         """Begin; the agent is ready for frames."""
 
     def poll(self, channels: int) -> Iterator[Frame]:
-        """The frames that are there now, for a model of that many channels."""
+        """The frames that are there now, for a model of that many channels; fewer after `BAD_FRAMES_S` without a good one."""
 
     def wait(self, timeout_s: float, stop: threading.Event) -> None:
         """Return when there may be frames again, when `stop` is set, or after that time."""
