@@ -126,7 +126,7 @@ def _decode_with_pillow(content: bytes, name: str, channels: int) -> np.ndarray:
         ) from error
     try:
         with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-            size = image.width * image.height * max(channels, len(image.getbands()))
+            size = image.width * image.height * max(3, len(image.getbands()))  # grey comes by way of RGB
             if size > MAX_FRAME_BYTES:  # before it is unpacked: a board has little memory
                 raise FrameError(
                     f"{name}: {image.width}x{image.height} pixels are over the limit of {MAX_FRAME_BYTES} bytes",

@@ -227,6 +227,14 @@ def test_an_image_too_large_for_the_board_is_refused_before_it_is_unpacked(
         read_frame(tmp_path / "a.png", 3)
 
 
+def test_a_grey_model_has_no_room_for_more_pixels_than_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.fromarray(np.zeros((90, 90), np.uint16)).save(tmp_path / "a.png")
+    assert read_frame(tmp_path / "a.png", 1).shape == (90, 90, 1)
+    monkeypatch.setattr("device.frames.MAX_FRAME_BYTES", 2 * 90 * 90)
+    with pytest.raises(FrameError, match="90x90 pixels are over the limit"):
+        read_frame(tmp_path / "a.png", 1)
+
+
 def test_files_that_share_an_id_get_ids_of_their_own(tmp_path: Path):
     source = DirectorySource(tmp_path)
     write_pgm(tmp_path / "a.pgm")
