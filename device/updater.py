@@ -62,6 +62,8 @@ BUNDLE_PER_ARTIFACT = 4
 BUNDLE_EXTRA_BYTES = 64 << 20
 """A bundle may have so many times the board's `artifact_bytes`, and so much beside: it is read into memory to be checked."""
 
+TEST_CACHES = "cache/test"
+"""Apart from the caches of what serves: an update must not push those out."""
 SAME_SPEED, SAME_SPEED_MS = 1.05, 0.1
 """Latencies closer than this, as a ratio or in milliseconds, do not decide: the board profile's order does."""
 
@@ -132,7 +134,12 @@ class Updater:
         runtime = resolve_runtime(board, config.runtime)
         self._run_selftest = run_selftest or (
             lambda slot, precision: run_in_child(
-                slot, precision, threads=runtime.threads, delegate=runtime.delegate, stop=self._stop
+                slot,
+                precision,
+                threads=runtime.threads,
+                delegate=runtime.delegate,
+                caches=root / TEST_CACHES if runtime.weight_cache else None,
+                stop=self._stop,
             )
         )
         self._learned = learned
