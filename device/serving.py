@@ -393,8 +393,9 @@ class Serving:
                 with suppress(DeviceError):
                     better = self._prepare(Model.load(self._slots, entry.slot, entry.precision, self._runtime))
                     better.model.check_golden()
-                    if entry.slot != served.model.slot:
-                        self._slots.reject(served.model.slot, "canary", detail)
+                    slot = served.model.slot
+                    if entry.slot != slot and not self._slots.give_way(slot, entry.slot, "canary", detail):
+                        continue
                     self._serve(better)
                     self._problem = f"{detail}; " + (
                         "it is right after it was loaded anew" if entry is states[0] else "the model before serves"

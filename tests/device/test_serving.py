@@ -15,7 +15,7 @@ from device.contract.bundle import extract
 from device.contract.errors import ArtifactError, ChecksumError, EngineError, UpdateRefusedError
 from device.engine import Engine
 from device.probation import MEMORY_LOOK_S, MEMORY_LOOKS, SUSTAINED, WINDOW_FRAMES
-from device.serving import CANARY_S, Serving
+from device.serving import CANARY_S, Model, Serving
 from device.slots import Slots
 from tests.support.tiny_bundle import LABELS, TinyModel, make_frames, write_bundle, wrong_golden
 
@@ -291,6 +291,25 @@ def test_a_confirmed_model_whose_interpreter_went_wrong_is_loaded_anew(bench: Be
     bench.clock.now += CANARY_S
     bench.serving.watch()
     assert not bench.serving.problem
+
+
+def test_a_confirmed_model_does_not_give_way_to_a_slot_that_an_update_takes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    bench.activate(2)
+    bench.confirm()
+    break_canary(monkeypatch, lambda other: other.path.parent.name == "b")
+
+    def check(model: Model) -> None:
+        if model.slot == "b":
+            raise ArtifactError("wrong")
+        bench.slots.discard("a", "the update begins now")
+
+    monkeypatch.setattr(Model, "check_golden", check)
+    bench.clock.now += CANARY_S
+    bench.serving.watch()
+    assert (bench.release, bench.slots.serving().slot) == (2, "b")
+    assert "no other model here is right" in bench.serving.problem
 
 
 @pytest.mark.parametrize("is_older_right", [True, False])
