@@ -334,6 +334,11 @@ def resolve_runtime(board: Board, overrides: RuntimeOverrides) -> Runtime:
     return replace(board.runtime, **{name: value for name, value in asdict(overrides).items() if value is not None})
 
 
+def beside_agent(overrides: RuntimeOverrides) -> RuntimeOverrides:
+    """For a tool that loads the model beside the agent: the caches are the agent's, and root's files would lock it out."""
+    return replace(overrides, weight_cache=False)
+
+
 def require_source(source: str) -> None:
     """Refuse what is neither a directory nor a web address; ConfigError says how to write one."""
     if source.startswith(SOURCE_PREFIX) and source != SOURCE_PREFIX and "\0" not in source:

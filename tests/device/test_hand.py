@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from device.ask import ASK_DIRECTORY, Asked, ask
-from device.contract.errors import AgentBusyError, DeviceError
+from device.ask import ASK_DIRECTORY, Asked, ask, read_attachment
+from device.contract.errors import AgentBusyError, ArtifactError, DeviceError
 from device.contract.manifest import ProjectorEntry
 from device.contract.messages import Command, Reply, decode_event, decode_state, encode_command
 from device.slots import Slots
@@ -82,6 +82,13 @@ def test_hand_tools_say_what_is_missing(field: Field):
     require_one_error_line(field.cli("learned", "export", field.directory / "x"), 3, "nothing was learned")
     require_one_error_line(field.cli("undo"), 7, "a lesson cannot be taken back; those that can are: none")
     require_one_error_line(field.cli("learned", "import", field.directory / "none"), 3, "none: cannot be read")
+    require_one_error_line(field.cli("learned", "import", "/dev/zero"), 3, "/dev/zero: is no backup of learned state")
+
+
+def test_no_more_is_read_of_what_lies_beside_a_request_than_there_may_be(tmp_path: Path):
+    assert len(read_attachment(Path("/dev/zero"), 1000)) == 1001
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_attachment(tmp_path / "none", 1000)
 
 
 def test_an_update_that_would_lose_a_class_waits_for_a_decision(field: Field, other_model: TinyModel, broker_port: int):

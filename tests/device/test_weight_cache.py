@@ -1,5 +1,6 @@
 """Packed weights come from a file that belongs to this very model, and are packed again where it does not."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from device.config import RuntimeOverrides, load_config, resolve_runtime
 from device.contract.board import load_board
 from device.contract.bundle import extract
 from device.contract.errors import ArtifactError, EngineError
+from device.hand import learn_arguments
+from device.infer import infer_files
 from device.preprocess import preprocess
 from device.runtime import LITERT, tflite_runtime
 from device.selftest import SelfTest, run_in_child
@@ -19,7 +22,16 @@ from device.serving import Serving
 from device.slots import Slots
 from device.updater import Updater
 from tests.support.agent import Field
-from tests.support.tiny_bundle import LABELS, SPEC, TinyModel, bundle_files, make_frames, make_manifest, write_bundle
+from tests.support.tiny_bundle import (
+    LABELS,
+    SPEC,
+    TinyModel,
+    bundle_files,
+    make_frames,
+    make_manifest,
+    write_bundle,
+    write_frames,
+)
 
 BOARD = load_board("generic-x86-64")
 needs_litert = pytest.mark.skipif(tflite_runtime().name != LITERT, reason="only LiteRT has weight caches")
@@ -124,6 +136,18 @@ def test_what_the_agent_will_serve_with_a_cache_is_tested_with_one(
     monkeypatch.setattr(CachedEngine, "features", lambda engine, _: np.zeros(engine._dim, np.float32))
     assert selftest(arguments) == ArtifactError.exit_code
     assert "golden features differ" in capsys.readouterr().err
+
+
+def test_tools_beside_the_agent_leave_its_caches_alone(field: Field, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("device.infer.forbidden_modules", list)
+    field.configure(runtime="weight_cache = true")
+    field.cli("update")
+    shutil.rmtree(field.root / "cache", ignore_errors=True)
+    write_frames(field.root / "frames", 1, 2)
+    config, files = load_config(field.root), [field.root / "frames"]
+    assert infer_files(field.root, config, BOARD, files)["results"][0]["label"] == LABELS[2]
+    assert len(learn_arguments(field.root, config, BOARD, LABELS[2], files, ())["features"]) == 1
+    assert not (field.root / "cache").exists()
 
 
 @needs_litert
