@@ -360,6 +360,9 @@ class Serving:
     def _serve(self, served: _Served) -> None:
         if served.probation:
             served.probation.begin(self._clock(), self._budget)
+        before, model = self.model, served.model
+        if before and before is not model and is_same_state(before, model.manifest, model.artifact):
+            model.classifier.take_over(before.classifier)
         self._next_canary, self._problem = self._clock() + self._canary_interval_s(served), ""
         self._served = served
 
