@@ -100,7 +100,14 @@ class Agent:
             slots=self._slots,
             serving=self._serving,
             updater=Updater(
-                root, config, board, self._slots, learned=self._serving, stop=stop, report=self._reporter.event
+                root,
+                config,
+                board,
+                self._slots,
+                learned=self._serving,
+                stop=stop,
+                report=self._reporter.event,
+                alive=lambda: self._commands.updates.beat(),
             ),
             reporter=self._reporter,
             announce=self._announce,

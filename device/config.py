@@ -227,7 +227,7 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchdogConfig:
-    """Seconds that the frame loop may be silent, and that a command, or an update, may take."""
+    """Seconds that the frame loop may be silent, and that a command, or an update beside its transfer, may take."""
 
     frames_s: float = 30.0
     commands_s: float = 300.0

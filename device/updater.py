@@ -109,7 +109,10 @@ class Preview:
 
 
 class Updater:
-    """Checks the source and stages what it offers; `stop` ends a transfer or a self-test that is under way."""
+    """Checks the source and stages what it offers.
+
+    `stop` ends a transfer or a self-test that is under way; `alive` is called while a transfer, which may take long, goes on.
+    """
 
     def __init__(
         self,
@@ -122,10 +125,11 @@ class Updater:
         run_selftest: RunSelfTest | None = None,
         stop: threading.Event | None = None,
         report: Report = lambda kind, **data: None,
+        alive: Callable[[], None] = lambda: None,
         time: TrustedTime | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        self._stop, self._report = stop or threading.Event(), report
+        self._stop, self._report, self._alive = stop or threading.Event(), report, alive
         self._time = time or TrustedTime(root / "clock.json")
         self._schedule = schedule or Schedule(
             config.update.open_window(), is_clock_wrong=lambda: self._time.is_clock_wrong
@@ -273,6 +277,8 @@ class Updater:
         return fetched.path
 
     def _why_stop(self, *, is_free: bool) -> UpdateRefusedError | None:
+        """Asked between two chunks of a transfer."""
+        self._alive()
         if self._stop.is_set():
             return UpdateRefusedError(
                 "interrupted", "the agent stops during the transfer; it will go on at the next look"

@@ -472,6 +472,14 @@ def test_a_slow_pace_is_no_hang_and_can_be_changed_meanwhile(idle_agent: Agent, 
     assert not pacing.is_alive()
 
 
+def test_a_transfer_that_goes_on_is_no_hang(idle_agent: Agent, field: Field):
+    updates = idle_agent._commands.updates
+    updates._busy_since = time.monotonic() - 10_000
+    assert updates.busy_s() >= 10_000
+    assert idle_agent._verbs._updater.preview(field.directory / "repo")
+    assert updates.busy_s() < 1000
+
+
 def test_an_agent_whose_frame_loop_fails_can_still_be_reached(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
     connects: list[str] = []
     monkeypatch.setattr(idle_agent, "_connect", lambda: connects.append("connect"))
