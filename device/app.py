@@ -161,8 +161,7 @@ class Agent:
             logging.getLogger().removeHandler(self._log)
 
     def _serve(self) -> int:
-        for line in self._slots.recover(is_start=True, crash=last_crash(self._root)):
-            log.warning("recovered: %s", line)
+        self._recover()
         begin_run(self._root)
         proven = self._slots.last_number
         watchdog = self._make_watchdog()
@@ -192,6 +191,14 @@ class Agent:
             self._slots.stop()
             end_run(self._root)
         return code
+
+    def _recover(self) -> None:
+        try:
+            for line in self._slots.recover(is_start=True, crash=last_crash(self._root)):
+                log.warning("recovered: %s", line)
+        except OSError as error:  # a disk that takes nothing must not stop inference: what the journal says is served
+            log.error("the slots cannot be put in order (%s); make room, or check the disk", error)
+            self._reporter.event("error", reason="disk", detail=f"the journal cannot be written: {one_line(error)}")
 
     def reload(self) -> None:
         """Look for an update soon, as after SIGHUP. May be called from a signal handler."""

@@ -316,7 +316,12 @@ class Serving:
             if self._probation is None or self.model is not model:
                 return
             log.error("slot %s rejected (%s): %s", model.slot, reason, detail)
-            self._slots.reject(model.slot, reason, detail)
+            try:
+                self._slots.reject(model.slot, reason, detail)
+            except OSError as error:  # the next start tries it again; what is wrong must not serve until then
+                log.error("the journal cannot be written (%s); make room, or check the disk", error)
+                if self._previous is None:
+                    raise
             previous, self._previous = self._previous, None
             if previous is not None:
                 self._serve(replace(previous, probation=None))

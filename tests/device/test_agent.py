@@ -1,6 +1,7 @@
 """The agent as a process, with real brokers: what it says, what it obeys, and how it leaves."""
 
 import base64
+import errno
 import hashlib
 import io
 import itertools
@@ -470,6 +471,18 @@ def test_a_slow_pace_is_no_hang_and_can_be_changed_meanwhile(idle_agent: Agent, 
     idle_agent._sampling.change(SamplingChange(max_fps=100.0))
     pacing.join(5 * PATIENCE)
     assert not pacing.is_alive()
+
+
+def test_a_disk_that_takes_nothing_does_not_stop_inference(
+    idle_agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    idle_agent._slots._record(idle_agent._slots.state("a"), "staged")  # what a power cut may leave
+    monkeypatch.setattr("device.journal._write_all", full)
+    idle_agent._recover()
+    assert "cannot be put in order" in caplog.text
 
 
 def test_a_transfer_that_goes_on_is_no_hang(idle_agent: Agent, field: Field):

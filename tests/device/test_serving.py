@@ -160,6 +160,18 @@ def test_a_journal_that_cannot_be_written_refuses_the_change(bench: Bench, monke
     assert (refused.value.reason, bench.release) == ("disk", 2)
 
 
+def test_a_model_gives_way_also_where_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    bench.activate(2)
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("device.journal._write_all", full)
+    bench.serving.revert(bench.serving.model, "engine", "gone wrong")
+    assert (bench.release, bench.serving.is_testing) == (1, False)
+    assert bench.slots.state("b").state == "testing"  # and is tested again by the next start
+
+
 def test_golden_outputs_decide_the_confirmation(bench: Bench):
     bench.activate(2, **wrong_golden(bench.model))
     bench.confirm()
