@@ -100,7 +100,14 @@ class Agent:
             slots=self._slots,
             serving=self._serving,
             updater=Updater(
-                root, config, board, self._slots, learned=self._serving, stop=stop, report=self._reporter.event
+                root,
+                config,
+                board,
+                self._slots,
+                learned=self._serving,
+                stop=stop,
+                report=self._reporter.event,
+                alive=lambda: self._commands.updates.beat(),
             ),
             reporter=self._reporter,
             announce=self._announce,
@@ -154,8 +161,7 @@ class Agent:
             logging.getLogger().removeHandler(self._log)
 
     def _serve(self) -> int:
-        for line in self._slots.recover(is_start=True, crash=last_crash(self._root)):
-            log.warning("recovered: %s", line)
+        self._recover()
         begin_run(self._root)
         proven = self._slots.last_number
         watchdog = self._make_watchdog()
@@ -186,6 +192,14 @@ class Agent:
             self._slots.stop()
             end_run(self._root)
         return code
+
+    def _recover(self) -> None:
+        try:
+            for line in self._slots.recover(is_start=True, crash=last_crash(self._root)):
+                log.warning("recovered: %s", line)
+        except OSError as error:  # a disk that takes nothing must not stop inference: what the journal says is served
+            log.error("the slots cannot be put in order (%s); make room, or check the disk", error)
+            self._reporter.event("error", reason="disk", detail=f"the journal cannot be written: {one_line(error)}")
 
     def reload(self) -> None:
         """Look for an update soon, as after SIGHUP. May be called from a signal handler."""
@@ -265,10 +279,12 @@ class Agent:
 
     def _step(self) -> None:
         """One look at the frame source."""
-        self._tick()
-        model = self._serving.model
-        has_new = model is not None and self._classify_new_frames(model)
-        self._connect()
+        try:
+            self._tick()
+            model = self._serving.model
+            has_new = model is not None and self._classify_new_frames(model)
+        finally:  # also when that fails: an agent that nobody can reach cannot be helped
+            self._connect()
         if model is None:
             self._stop.wait(self._config.source.poll_s)
         elif not has_new:
@@ -282,6 +298,7 @@ class Agent:
             self._process(model, frame)
             self._connect()
             self._tick()
+            self._pace()
             if self._stop.is_set() or self._serving.model is not model:
                 break
         return has_new
@@ -311,13 +328,17 @@ class Agent:
         if self._sampling.current.results and self._connection:
             result = Result(frame_id=frame.frame_id, label=answer.label, confidence=answer.confidence, time=time.time())
             self._connection.publish_result(encode_result(result))
-        self._pace()
 
     def _pace(self) -> None:
-        max_fps = self._sampling.current.max_fps
-        if max_fps:
-            self._next_frame = max(self._next_frame + 1 / max_fps, time.monotonic())
-            self._stop.wait(self._next_frame - time.monotonic())
+        """Wait until the next frame's turn; what is due meanwhile is done, so that a frame a minute is no hang."""
+        started = time.monotonic()
+        while (max_fps := self._sampling.current.max_fps) and not self._stop.is_set():  # it may be set anew meanwhile
+            due = max(self._next_frame + 1 / max_fps, started)
+            if (rest_s := due - time.monotonic()) <= 0:
+                self._next_frame = due
+                return
+            self._stop.wait(min(rest_s, ASKED_S))
+            self._tick()
 
     def _count_error(self, reason: str, detail: str) -> None:
         self._errors += 1

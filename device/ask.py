@@ -40,7 +40,6 @@ POLL_S = 0.2
 ASK_DIRECTORY = "ask"
 EXPIRES_S = 60.0
 """An agent that has not taken a request by then need not any more."""
-MAX_ATTACHMENT_BYTES = 1 << 30
 _ID = re.compile(r"[0-9a-f]{32}")
 
 log = logging.getLogger(__name__)
@@ -91,16 +90,13 @@ def attachment_path(root: Path, command_id: str) -> Path:
     return root / ASK_DIRECTORY / f"{command_id}.data"
 
 
-def read_attachment(path: Path) -> bytes:
-    """Its content; ArtifactError where it is missing or larger than anything that can be asked for."""
+def read_attachment(path: Path, max_bytes: int) -> bytes:
+    """Its content, or one byte more than `max_bytes` of it; ArtifactError where it is missing."""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_ATTACHMENT_BYTES + 1)
+            return file.read(max_bytes + 1)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}); ask again") from error
-    if len(content) > MAX_ATTACHMENT_BYTES:
-        raise ArtifactError(f"{path}: is over {MAX_ATTACHMENT_BYTES} bytes")
-    return content
 
 
 def ask(

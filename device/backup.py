@@ -61,14 +61,19 @@ def write_backup(head: Head, base: Head, *, device: DeviceId, manifest: Manifest
     return content + hashlib.sha256(content).digest()
 
 
+def require_backup(content: bytes, name: Path) -> None:
+    """ArtifactError where a file begins otherwise; the first bytes tell, so that a large mistake is not read whole."""
+    if not content.startswith(MAGIC):
+        raise ArtifactError(f"{name}: is no backup of learned state; 'fieldvit-device learned export' writes one")
+
+
 def read_backup(content: bytes, name: Path) -> tuple[Backup, LearnedState]:
     """Check a file and read it.
 
     Raises:
         ArtifactError: it is no backup, or not a whole one.
     """
-    if not content.startswith(MAGIC):
-        raise ArtifactError(f"{name}: is no backup of learned state; 'fieldvit-device learned export' writes one")
+    require_backup(content, name)
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError(f"{name}: is damaged, its SHA-256 differs; copy it again")

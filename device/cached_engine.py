@@ -6,7 +6,8 @@ disk (x86-64; starts are not faster, `CompiledModel` takes as long to import as 
 
 XNNPACK does not ask whether a cache belongs to the model: another model's gives that model's answers. A cache is therefore
 named by what it was made of (`cache_path`), and is used only while its SHA-256 is the one noted when it was made.
-`CompiledModel` dies of damaged models that `Interpreter` refuses, so the self-test's child process loads each with that first.
+`CompiledModel` dies of damaged models that `Interpreter` refuses, so the self-test's child process loads each with that first,
+and then with a cache of its own, as the agent will.
 """
 
 import hashlib
@@ -69,7 +70,7 @@ class CachedEngine:
 
     def _pack(self, cache: Path, num_threads: int) -> None:
         """Into a file of this process's own, which gets its name when it is whole."""
-        cache.parent.mkdir(exist_ok=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
         for rest in cache.parent.glob("*.part"):  # of a process that died
             rest.unlink(missing_ok=True)

@@ -137,6 +137,14 @@ class Classifier:
             self._store.unstage()
         self.head = self._restored() or self.base_head
 
+    def take_over(self, other: "Classifier") -> None:
+        """Know what another one of the same backbone and shipped head has learned, also since this was made."""
+        head = other.head
+        if head is other.base_head:
+            self.head = self.base_head
+        else:
+            self.head = replace(head, start=self.base_head if head.start is other.base_head else head.start)
+
     def stage(self, head: Head) -> None:
         """Take over a head from the model before, and write it; it counts when this model serves.
 

@@ -164,8 +164,12 @@ def _learned(arguments: argparse.Namespace) -> int:
         done = export_learned(root, config, arguments.file)
         _show(arguments, done, [f"wrote {done['file']}: version {done['version']}, {_labels(done['taught'])}"])
         return 0
+    from device.backup import MAGIC, require_backup
+
     try:
-        content = arguments.file.read_bytes()
+        with arguments.file.open("rb") as file:
+            require_backup(beginning := file.read(len(MAGIC)), arguments.file)
+            content = beginning + file.read()
     except OSError as error:
         raise ArtifactError(f"{arguments.file}: cannot be read ({error.strerror})") from error
     read_backup(content, arguments.file)  # here it is known by its name

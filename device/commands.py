@@ -266,9 +266,13 @@ class Worker(threading.Thread):
         self._busy_since: float | None = None
 
     def busy_s(self) -> float:
-        """How long the present job has been running, seconds; 0 without one."""
+        """How long the present job has given no sign of life, seconds; 0 without one."""
         since = self._busy_since
         return time.monotonic() - since if since is not None else 0.0
+
+    def beat(self) -> None:
+        """The present job is not done, but goes on; called by the job."""
+        self._busy_since = time.monotonic()
 
     def submit(self, job: Callable[[], None]) -> bool:
         """Queue a job; False when too many wait."""

@@ -227,7 +227,7 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchdogConfig:
-    """Seconds that the frame loop may be silent, and that a command, or an update, may take."""
+    """Seconds that the frame loop may be silent, and that a command, or an update beside its transfer, may take."""
 
     frames_s: float = 30.0
     commands_s: float = 300.0
@@ -332,6 +332,11 @@ def load_config(root: Path) -> AgentConfig:
 def resolve_runtime(board: Board, overrides: RuntimeOverrides) -> Runtime:
     """The board profile's runtime values with the overrides applied."""
     return replace(board.runtime, **{name: value for name, value in asdict(overrides).items() if value is not None})
+
+
+def beside_agent(overrides: RuntimeOverrides) -> RuntimeOverrides:
+    """For a tool that loads the model beside the agent: the caches are the agent's, and root's files would lock it out."""
+    return replace(overrides, weight_cache=False)
 
 
 def require_source(source: str, *, name: str = "update.source") -> None:

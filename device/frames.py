@@ -6,7 +6,9 @@ damage may escape as another error than `FrameError`: a file lies there at every
 
 import io
 import math
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,16 +51,24 @@ def read_frame(path: Path, channels: int) -> np.ndarray:
     if suffix not in SUFFIXES:
         known = ", ".join(sorted(SUFFIXES))
         raise FrameError(f"{path}: frames are {known}, not {suffix or 'a file without suffix'}")
-    try:
-        if path.stat().st_size > MAX_FRAME_BYTES:
-            raise FrameError(
-                f"{path}: {path.stat().st_size} bytes is over the limit of {MAX_FRAME_BYTES}", reason="too-large"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise FrameError(f"{path}: cannot be read ({error.strerror})") from error
+    content = _read_bounded(path)
     kind = "npy" if suffix == ".npy" else "pnm" if suffix in RAW_SUFFIXES else "picture"
     return _decode(content, str(path), channels, kind)
+
+
+def _read_bounded(path: Path) -> bytes:
+    """A file's content; a pipe would never end, nor does a link to a device, and both may lie in a directory of frames."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FrameError(f"{path}: is no plain file; put frames there as files")
+            content = file.read(MAX_FRAME_BYTES + 1) if status.st_size <= MAX_FRAME_BYTES else b""
+    except OSError as error:
+        raise FrameError(f"{path}: cannot be read ({error.strerror})") from error
+    if (size := max(status.st_size, len(content))) > MAX_FRAME_BYTES:
+        raise FrameError(f"{path}: {size} bytes is over the limit of {MAX_FRAME_BYTES}", reason="too-large")
+    return content
 
 
 def decode_frame(content: bytes, name: str, channels: int) -> np.ndarray:
@@ -116,7 +126,7 @@ def _decode_with_pillow(content: bytes, name: str, channels: int) -> np.ndarray:
         ) from error
     try:
         with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-            size = image.width * image.height * max(channels, len(image.getbands()))
+            size = image.width * image.height * max(3, len(image.getbands()))  # grey comes by way of RGB
             if size > MAX_FRAME_BYTES:  # before it is unpacked: a board has little memory
                 raise FrameError(
                     f"{name}: {image.width}x{image.height} pixels are over the limit of {MAX_FRAME_BYTES} bytes",

@@ -22,12 +22,22 @@ GOLDEN_NAME = "golden.npz"
 LABELS_NAME = "labels.txt"
 HEAD_TOLERANCE = 0.01
 """How far the head's logits of the golden features may be off, relative to the largest: it is arithmetic, the same everywhere."""
-DAMAGE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-"""What NumPy raises on a damaged .npz."""
+DAMAGE = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+)
+"""What NumPy raises on a damaged .npz; a MemoryError where an array says that it has more than there is."""
 
 
 def read_arrays(file: Path | BinaryIO, *, name: Path | None = None) -> dict[str, np.ndarray]:
-    """Read a .npz whole, without pickle.
+    """Read a .npz whole, without pickle, and without compression: else a few bytes could fill the memory.
 
     Args:
         file: where it is, or its content.
@@ -39,6 +49,8 @@ def read_arrays(file: Path | BinaryIO, *, name: Path | None = None) -> dict[str,
     path = name or file
     try:
         with zipfile.ZipFile(file) as archive:
+            if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+                raise ArtifactError(f"{path}: {packed[0]} is compressed; write it with numpy.savez")
             damaged = archive.testzip()  # before parsing: a flipped bit in a header could ask for any amount of memory
         if damaged:
             raise ArtifactError(f"{path}: {damaged} is damaged")

@@ -16,7 +16,7 @@ import numpy as np
 from device.ask import ASK_DIRECTORY, attachment_path
 from device.classifier import Classifier, read_base_head
 from device.commands import LOCAL_ARGUMENTS
-from device.config import AgentConfig, resolve_runtime
+from device.config import AgentConfig, beside_agent, resolve_runtime
 from device.contract.board import Board
 from device.contract.bundle import verify_directory
 from device.contract.errors import ArtifactError
@@ -94,7 +94,7 @@ def learn_arguments(
     entry = slots.serving()
     if entry is None:
         raise ArtifactError(f"{root}: no model is installed; run 'fieldvit-device update'")
-    model = Model.load(slots, entry.slot, entry.precision, resolve_runtime(board, config.runtime))
+    model = Model.load(slots, entry.slot, entry.precision, resolve_runtime(board, beside_agent(config.runtime)))
     spec = model.manifest.input
     frames = (read_frame(path, spec.channels) for _, path in named_frames(files))
     rows = [model.engine.features(preprocess(pixels[None], spec)) for pixels in frames]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from device.config import AgentConfig, resolve_runtime
+from device.config import AgentConfig, beside_agent, resolve_runtime
 from device.contract.board import Board
 from device.contract.errors import ArtifactError
 from device.frames import read_frame
@@ -36,7 +36,8 @@ def infer_files(
     entry = slots.serving()
     if entry is None:
         raise ArtifactError(f"{root}: no model is installed; run 'fieldvit-device update'")
-    model = Model.load(slots, entry.slot, precision or entry.precision, resolve_runtime(board, config.runtime))
+    runtime = resolve_runtime(board, beside_agent(config.runtime))
+    model = Model.load(slots, entry.slot, precision or entry.precision, runtime)
     results, latencies_ms = [], []
     for frame_id, path in named_frames(paths):
         pixels = read_frame(path, model.manifest.input.channels)

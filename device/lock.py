@@ -1,11 +1,12 @@
 """The lock on a data directory: one agent, or one verb that changes slots, at a time."""
 
+import errno
 import fcntl
 import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def agent_lock(root: Path, purpose: str) -> Iterator[None]:
     """
     path = root / "agent.lock"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _open(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be opened ({error.strerror}); create {root} and make it writable") from error
     try:
@@ -48,8 +49,9 @@ def agent_lock(root: Path, purpose: str) -> Iterator[None]:
                 )
             time.sleep(RETRY_S)
         text = f"'fieldvit-device {purpose}' (process {os.getpid()})\n".encode()
-        os.pwrite(descriptor, text, 0)
-        os.ftruncate(descriptor, len(text))
+        with suppress(OSError):  # a disk that takes nothing: who holds it cannot be told then
+            os.pwrite(descriptor, text, 0)
+            os.ftruncate(descriptor, len(text))
         yield
     finally:
         os.close(descriptor)  # releases the lock; the kernel does the same when the process is killed
@@ -68,6 +70,16 @@ def lock_owner(root: Path) -> LockOwner | None:
         return LockOwner(owner[1], int(owner[2])) if owner else LockOwner("", 0)
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """For writing, or where the disk has become read-only, as a worn SD card does, for the lock alone."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _read_text(descriptor: int) -> str:

@@ -26,8 +26,10 @@ def _to_rgb(picture: Image) -> Image:
     from PIL import Image
 
     if picture.mode.startswith("I"):  # PNGs of 16 bits; older versions of Pillow say "I" instead of "I;16"
-        grey = np.asarray(picture).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.array(picture, np.uint32)
+        grey += 128
+        grey //= 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")

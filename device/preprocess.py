@@ -92,13 +92,26 @@ def _resize(images: np.ndarray, values: np.ndarray) -> None:
     sources = images.reshape(count, source_height, source_width * channels)
     targets = values.reshape(count, height, width * channels)
     rows, columns = _neighbours(source_height, height, 1), _neighbours(source_width, width, channels)
-    at_once = max(1, BLOCK_BYTES // (4 * count * source_width * channels))
+    if 4 * count * source_width * channels > BLOCK_BYTES and source_width > 2 * width:
+        sources, columns = _only_needed(
+            sources, columns
+        )  # a frame of one long row would cost a thousand times its bytes
+    at_once = max(1, BLOCK_BYTES // (4 * count * sources.shape[2]))
     for start in range(0, height, at_once):
         block = slice(start, start + at_once)
         low, high, fraction = (part[block] for part in rows)
         tall = _between(sources.take(low, 1), sources.take(high, 1), fraction[:, None])
         low, high, fraction = columns
         targets[:, block] = _between(tall.take(low, 2), tall.take(high, 2), fraction)
+
+
+def _only_needed(
+    sources: np.ndarray, columns: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Those columns alone that are neighbours of a target, and where each lies now; the numbers made of them are the same."""
+    low, high, fraction = columns
+    places = np.arange(2 * len(low))
+    return sources.take(np.concatenate([low, high]), 2), (places[: len(low)], places[len(low) :], fraction)
 
 
 def _between(low: np.ndarray, high: np.ndarray, fraction: np.ndarray) -> np.ndarray:

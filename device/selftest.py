@@ -13,6 +13,7 @@ that crashed. So that it does not outlive an agent that was killed, the child en
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def run_in_child(
     *,
     threads: int,
     delegate: str = PROCESSOR,
+    caches: Path | None = None,
     timeout_s: float = TIMEOUT_S,
     stop: threading.Event | None = None,
 ) -> SelfTest:
@@ -72,6 +74,7 @@ def run_in_child(
         precision: which artifact.
         threads: of the interpreter.
         delegate: as in the board profile's `runtime.delegate`.
+        caches: the agent will serve it with a weight cache, so that is tested too, with one in this directory.
         timeout_s: how long the child may take.
         stop: ends the test when it is set.
 
@@ -83,6 +86,7 @@ def run_in_child(
     """
     command = [sys.executable, "-m", "device.selftest", str(slot), "--precision", precision, "--json"]
     command += ["--threads", str(threads), "--delegate", delegate, "--timeout", str(timeout_s), "--end-with-parent"]
+    command += ["--caches", str(caches)] if caches else []
     stop = stop or threading.Event()
     try:
         with _child(command) as child:
@@ -153,7 +157,9 @@ def _parse_report(output: bytes, precision: str) -> SelfTest:
         raise ArtifactError(f"{precision}: the self-test wrote no report, but {line[:80]!r}") from error
 
 
-def run_here(slot: Path, precision: str, *, threads: int, delegate: str = PROCESSOR) -> SelfTest:
+def run_here(
+    slot: Path, precision: str, *, threads: int, delegate: str = PROCESSOR, caches: Path | None = None
+) -> SelfTest:
     """Test an artifact in this process; ArtifactError or EngineError says what is wrong."""
     import numpy as np  # here: the parent only starts the child and needs none of this
 
@@ -170,7 +176,12 @@ def run_here(slot: Path, precision: str, *, threads: int, delegate: str = PROCES
     started = time.monotonic()
     engine = open_backbone(slot, manifest, artifact, threads=threads, delegate=delegate)
     load_s = time.monotonic() - started
-    difference = check_golden(engine, slot, manifest.input, artifact, read_base_head(slot, manifest, artifact).learner)
+    base_head = read_base_head(slot, manifest, artifact).learner
+    difference = check_golden(engine, slot, manifest.input, artifact, base_head)
+    if caches:  # after the interpreter, which refuses what CompiledModel dies of
+        del engine
+        engine = open_backbone(slot, manifest, artifact, threads=threads, delegate=delegate, caches=caches)
+        difference = max(difference, check_golden(engine, slot, manifest.input, artifact, base_head))
     frame = preprocess(read_arrays(slot / GOLDEN_NAME)["frames"][:1], manifest.input)
     latencies_ms = []
     for _ in range(WARM_UP + REPEATS):
@@ -208,6 +219,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", required=True, help="which artifact, for example int8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--delegate", default=PROCESSOR, help="what runs it, as in the board profile")
+    parser.add_argument(
+        "--caches", type=Path, help="test it with a weight cache too, in this directory, which is emptied"
+    )
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds until this process ends itself")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--end-with-parent", action="store_true", help="end when standard input does")
@@ -217,12 +231,32 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.end_with_parent:
         threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
     try:
-        result = run_here(arguments.slot, arguments.precision, threads=arguments.threads, delegate=arguments.delegate)
+        with _emptied(arguments.caches):
+            result = run_here(
+                arguments.slot,
+                arguments.precision,
+                threads=arguments.threads,
+                delegate=arguments.delegate,
+                caches=arguments.caches,
+            )
     except DeviceError as error:
         print(_ERROR + " ".join(str(error).split()), file=sys.stderr)  # one line: the parent reads it
         return error.exit_code
     print(json.dumps(asdict(result)) if arguments.json else "\n".join(report_lines(result)))
     return 0
+
+
+@contextmanager
+def _emptied(directory: Path | None) -> Iterator[None]:
+    """Without what a child that was killed left in it, and gone afterwards."""
+    if directory is None:
+        yield
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _end_with_input() -> None:

@@ -316,7 +316,12 @@ class Serving:
             if self._probation is None or self.model is not model:
                 return
             log.error("slot %s rejected (%s): %s", model.slot, reason, detail)
-            self._slots.reject(model.slot, reason, detail)
+            try:
+                self._slots.reject(model.slot, reason, detail)
+            except OSError as error:  # the next start tries it again; what is wrong must not serve until then
+                log.error("the journal cannot be written (%s); make room, or check the disk", error)
+                if self._previous is None:
+                    raise
             previous, self._previous = self._previous, None
             if previous is not None:
                 self._serve(replace(previous, probation=None))
@@ -360,6 +365,9 @@ class Serving:
     def _serve(self, served: _Served) -> None:
         if served.probation:
             served.probation.begin(self._clock(), self._budget)
+        before, model = self.model, served.model
+        if before and before is not model and is_same_state(before, model.manifest, model.artifact):
+            model.classifier.take_over(before.classifier)
         self._next_canary, self._problem = self._clock() + self._canary_interval_s(served), ""
         self._served = served
 
@@ -393,8 +401,9 @@ class Serving:
                 with suppress(DeviceError):
                     better = self._prepare(Model.load(self._slots, entry.slot, entry.precision, self._runtime))
                     better.model.check_golden()
-                    if entry.slot != served.model.slot:
-                        self._slots.reject(served.model.slot, "canary", detail)
+                    slot = served.model.slot
+                    if entry.slot != slot and not self._slots.give_way(slot, entry.slot, "canary", detail):
+                        continue
                     self._serve(better)
                     self._problem = f"{detail}; " + (
                         "it is right after it was loaded anew" if entry is states[0] else "the model before serves"

@@ -184,6 +184,16 @@ class Slots:
             self._point_link()
             return entry
 
+    def give_way(self, slot: str, other: str, reason: str, detail: str) -> bool:
+        """Reject a slot in favour of the other; False where an update has begun to fill that one meanwhile."""
+        if self.state(other).state != "confirmed":  # without the lock, which that update holds for long
+            return False
+        with self._lock:
+            if self.state(other).state != "confirmed":
+                return False
+            self.reject(slot, reason, detail)
+            return True
+
     def discard(self, slot: str, reason: str) -> Entry:
         """Empty a staged slot without a verdict: the same bundle may come again."""
         with self._lock:

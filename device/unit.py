@@ -5,6 +5,9 @@ Checked with `systemd-analyze verify` and `security --offline=true` by the tests
 - network: IPv4, IPv6 and Unix sockets; without a broker and with updates from a directory, loopback only
 - devices: none, unless frames come from a camera. Then all of its class, and the group `video`: one that was unplugged
   comes back under another number. A CSI camera also needs the media controllers and the heaps that its frames lie in.
+  A delegate needs its accelerator's, and the Edge TPU netlink, by which libusb hears of it (from the drivers' sources, not
+  tried on such boards); what a library of the operator's own needs is not known, so no device is kept from that. Who may
+  open them is the system's matter: name a group, where there is one, with `systemctl edit`
 - writing: the data directory; everything else is read-only or not there
 - memory: two models, because during a probation the one before stays, and the agent; at most three quarters of the board's
 - processors: the interpreter's threads and one more, for the rest
@@ -19,6 +22,7 @@ from pathlib import Path
 
 from device.config import SOURCE_PREFIX, AgentConfig, resolve_runtime
 from device.contract.board import Board
+from device.delegates import is_library
 
 UNIT_NAME = "fieldvit-agent.service"
 STATE = Path("/var/lib")
@@ -27,6 +31,7 @@ AGENT_MB = 128
 """Python, LiteRT, the spool's cache and the messages under way, above two models."""
 DEVICE_CLASSES = {"camera": ("video4linux",), "picamera": ("video4linux", "media", "dma_heap")}
 """As `/proc/devices` names them, by `source.kind`."""
+DELEGATE_CLASSES = {"edgetpu": ("apex", "usb_device"), "gpu": ("drm",), "vx": ("galcore",)}
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 
 
@@ -69,7 +74,7 @@ def _service(service: Service, config: AgentConfig, board: Board) -> Iterator[tu
     yield "Environment", "MALLOC_MMAP_THRESHOLD_=131072"  # swapped models give their memory back
     yield from _identity(service)
     yield from _limits(config, board)
-    yield from _hardening(service, config)
+    yield from _hardening(service, config, resolve_runtime(board, config.runtime).delegate)
 
 
 def _identity(service: Service) -> Iterator[tuple[str, object]]:
@@ -97,7 +102,7 @@ def _limits(config: AgentConfig, board: Board) -> Iterator[tuple[str, object]]:
     yield "LimitNOFILE", 1024
 
 
-def _hardening(service: Service, config: AgentConfig) -> Iterator[tuple[str, object]]:
+def _hardening(service: Service, config: AgentConfig, delegate: str) -> Iterator[tuple[str, object]]:
     frames = service.root / config.source.path
     uses_home = any(_is_below(path, HOMES) for path in (service.root, service.python, frames, _source_path(config)))
     yield "NoNewPrivileges", "yes"
@@ -112,7 +117,7 @@ def _hardening(service: Service, config: AgentConfig) -> Iterator[tuple[str, obj
     for name in ("RestrictSUIDSGID", "LockPersonality", "MemoryDenyWriteExecute", "RemoveIPC"):
         yield name, "yes"
     yield "ProtectProc", "invisible"
-    yield "RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6"
+    yield "RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6" + " AF_NETLINK" * (delegate == "edgetpu")
     if config.broker is None and config.update.source.startswith(SOURCE_PREFIX):
         yield "IPAddressDeny", "any"
         yield "IPAddressAllow", "localhost"
@@ -120,18 +125,21 @@ def _hardening(service: Service, config: AgentConfig) -> Iterator[tuple[str, obj
     yield "SystemCallFilter", "@system-service"
     yield "SystemCallFilter", "~@privileged @resources"
     yield "SystemCallErrorNumber", "EPERM"
-    yield from _devices(config.source.kind)
+    yield from _devices(config.source.kind, delegate)
 
 
-def _devices(source_kind: str) -> Iterator[tuple[str, object]]:
-    classes = DEVICE_CLASSES.get(source_kind, ())
-    if not classes:
+def _devices(source_kind: str, delegate: str) -> Iterator[tuple[str, object]]:
+    camera = DEVICE_CLASSES.get(source_kind, ())
+    classes = (*camera, *DELEGATE_CLASSES.get(delegate, ()))
+    is_unknown = is_library(delegate) and delegate not in DELEGATE_CLASSES
+    if not (classes or is_unknown):
         yield "PrivateDevices", "yes"
         yield "PrivateUsers", "yes"
-    yield "DevicePolicy", "closed"
-    for name in classes:
-        yield "DeviceAllow", f"char-{name} rw"
-    if classes:
+    if not is_unknown:
+        yield "DevicePolicy", "closed"
+        for name in classes:
+            yield "DeviceAllow", f"char-{name} rw"
+    if camera:
         yield "SupplementaryGroups", "video"
 
 

@@ -62,6 +62,8 @@ BUNDLE_PER_ARTIFACT = 4
 BUNDLE_EXTRA_BYTES = 64 << 20
 """A bundle may have so many times the board's `artifact_bytes`, and so much beside: it is read into memory to be checked."""
 
+TEST_CACHES = "cache/test"
+"""Apart from the caches of what serves: an update must not push those out."""
 SAME_SPEED, SAME_SPEED_MS = 1.05, 0.1
 """Latencies closer than this, as a ratio or in milliseconds, do not decide: the board profile's order does."""
 
@@ -107,7 +109,10 @@ class Preview:
 
 
 class Updater:
-    """Checks the source and stages what it offers; `stop` ends a transfer or a self-test that is under way."""
+    """Checks the source and stages what it offers.
+
+    `stop` ends a transfer or a self-test that is under way; `alive` is called while a transfer, which may take long, goes on.
+    """
 
     def __init__(
         self,
@@ -120,10 +125,11 @@ class Updater:
         run_selftest: RunSelfTest | None = None,
         stop: threading.Event | None = None,
         report: Report = lambda kind, **data: None,
+        alive: Callable[[], None] = lambda: None,
         time: TrustedTime | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        self._stop, self._report = stop or threading.Event(), report
+        self._stop, self._report, self._alive = stop or threading.Event(), report, alive
         self._time = time or TrustedTime(root / "clock.json")
         self._schedule = schedule or Schedule(
             config.update.open_window(), is_clock_wrong=lambda: self._time.is_clock_wrong
@@ -132,7 +138,12 @@ class Updater:
         runtime = resolve_runtime(board, config.runtime)
         self._run_selftest = run_selftest or (
             lambda slot, precision: run_in_child(
-                slot, precision, threads=runtime.threads, delegate=runtime.delegate, stop=self._stop
+                slot,
+                precision,
+                threads=runtime.threads,
+                delegate=runtime.delegate,
+                caches=root / TEST_CACHES if runtime.weight_cache else None,
+                stop=self._stop,
             )
         )
         self._learned = learned
@@ -266,6 +277,8 @@ class Updater:
         return fetched.path
 
     def _why_stop(self, *, is_free: bool) -> UpdateRefusedError | None:
+        """Asked between two chunks of a transfer."""
+        self._alive()
         if self._stop.is_set():
             return UpdateRefusedError(
                 "interrupted", "the agent stops during the transfer; it will go on at the next look"

@@ -206,7 +206,7 @@ class Verbs:
 
     def _restore(self, arguments: RestoreArguments, command_id: str) -> dict[str, Any]:
         """Put a backup in place of what was learned here."""
-        from device.backup import head_of_backup  # here: once in a board's life
+        from device.backup import head_of_backup, max_backup_bytes  # here: once in a board's life
 
         model = self._serving.model
         if model is None:
@@ -214,7 +214,7 @@ class Verbs:
         path = attachment_path(self._root, command_id)
         before, classifier = model.classifier.head, model.classifier
         head = head_of_backup(
-            read_attachment(path),
+            read_attachment(path, max_backup_bytes(model.manifest.learning)),
             Path("backup"),
             classifier,
             device=self._reporter.device,

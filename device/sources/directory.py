@@ -20,7 +20,7 @@ from pathlib import Path
 
 from device.contract.errors import FrameError
 from device.frames import SUFFIXES, Frame, read_frame
-from device.sources.source import Tally
+from device.sources.source import BAD_FRAMES_S, Tally
 
 MAX_ID_CHARACTERS = 200
 SETTLE_S = 2.0
@@ -38,6 +38,7 @@ class DirectorySource:
         self._ids: dict[str, str] = {}  # of all files that lie there, by name
         self._shared: Counter[str] = Counter()
         self._pending: dict[str, tuple[tuple[int, int], float]] = {}
+        self._has_more = False
 
     def start(self) -> None:
         """Nothing to start: the directory is looked at when it is asked for."""
@@ -47,7 +48,7 @@ class DirectorySource:
 
     def wait(self, timeout_s: float, stop: threading.Event) -> None:
         """Until it is time to look again."""
-        stop.wait(timeout_s)
+        stop.wait(0 if self._has_more else timeout_s)
 
     def poll(self, channels: int) -> Iterator[Frame]:
         """Yield the frames that are new since the last poll and can be read by now."""
@@ -56,9 +57,16 @@ class DirectorySource:
         self._done &= present
         self._note_ids(present)
         self._pending = {name: state for name, state in self._pending.items() if name in present}
+        until, self._has_more = self._clock() + BAD_FRAMES_S, False
         for name in names:
-            if name not in self._done:
-                yield from self._read(name, channels)
+            if name in self._done:
+                continue
+            if frame := self._read(name, channels):
+                yield frame
+                until = self._clock() + BAD_FRAMES_S
+            elif self._clock() > until:
+                self._has_more = True
+                return
 
     def _note_ids(self, present: set[str]) -> None:
         for name in self._ids.keys() - present:
@@ -73,20 +81,20 @@ class DirectorySource:
     def _id_of(self, name: str) -> str:
         return self._ids[name] if self._shared[self._ids[name]] == 1 else distinct_id_of(name)
 
-    def _read(self, name: str, channels: int) -> Iterator[Frame]:
+    def _read(self, name: str, channels: int) -> Frame | None:
         path = self.directory / name
         try:
             stat = path.stat()
         except OSError:  # gone again
-            return
+            return None
         try:
             frame = Frame(self._id_of(name), read_frame(path, channels))
         except FrameError as error:
             self._retry_later(name, (stat.st_mtime_ns, stat.st_size), error)
-            return
+            return None
         self._done.add(name)
         self._pending.pop(name, None)
-        yield frame
+        return frame
 
     def _retry_later(self, name: str, stamp: tuple[int, int], error: FrameError) -> None:
         now = self._clock()

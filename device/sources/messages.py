@@ -9,13 +9,14 @@ A frame's id is `mqtt/` and the first 16 hex digits of its payload's SHA-256: wh
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 
 from device.contract.errors import FrameError
 from device.contract.messages import MAX_FRAME_PAYLOAD_BYTES
 from device.frames import Frame, decode_frame
 from device.sources.handover import Handover
-from device.sources.source import Tally
+from device.sources.source import BAD_FRAMES_S, Tally
 
 
 class MessageSource:
@@ -44,14 +45,18 @@ class MessageSource:
         """Nothing to stop."""
 
     def poll(self, channels: int) -> Iterator[Frame]:
+        until = time.monotonic() + BAD_FRAMES_S
         while (payload := self._payloads.take()) is not None:
             frame_id = f"mqtt/{hashlib.sha256(payload).hexdigest()[:16]}"
             try:
                 frame = Frame(frame_id, decode_frame(payload, frame_id, channels))
             except FrameError as error:
                 self.tally.skip(str(error), error.reason)
+                if time.monotonic() > until:  # they may come as fast as they are refused
+                    return
                 continue
             yield frame
+            until = time.monotonic() + BAD_FRAMES_S
 
     def wait(self, timeout_s: float, stop: threading.Event) -> None:
         self._payloads.wait(timeout_s, stop)

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from device.frames import Frame
 
+BAD_FRAMES_S = 1.0
+"""How long `poll` goes on over bad frames alone: decoding them takes time, and the frame loop has more to do."""
 TOLD_PER_MINUTE = 10
 """Skipped frames that the log names one by one; a folder of files that cannot be read must not fill it."""
 
@@ -79,7 +81,7 @@ class Source(Protocol):
         """Begin; the agent is ready for frames."""
 
     def poll(self, channels: int) -> Iterator[Frame]:
-        """The frames that are there now, for a model of that many channels."""
+        """The frames that are there now, for a model of that many channels; fewer after `BAD_FRAMES_S` without a good one."""
 
     def wait(self, timeout_s: float, stop: threading.Event) -> None:
         """Return when there may be frames again, when `stop` is set, or after that time."""

@@ -1,6 +1,7 @@
 """The agent as a process, with real brokers: what it says, what it obeys, and how it leaves."""
 
 import base64
+import errno
 import hashlib
 import io
 import itertools
@@ -30,6 +31,7 @@ from device.contract.messages import (
     decode_telemetry,
     encode_command,
 )
+from device.sampling import SamplingChange
 from device.slots import Slots
 from device.spool import Spool
 from tests.support.agent import PREFIX, Field, wait_for
@@ -455,6 +457,49 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(idle_agent: Agent, monk
     idle_agent._tick()
     idle_agent._tick()
     assert len(starts) == 1
+
+
+def test_a_slow_pace_is_no_hang_and_can_be_changed_meanwhile(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(idle_agent, "_dead_threads", list)
+    beats: list[float] = []
+    monkeypatch.setattr(idle_agent._pulse, "beat", lambda: beats.append(0))
+    idle_agent._sampling.change(SamplingChange(max_fps=0.01))
+    pacing = threading.Thread(target=idle_agent._pace, daemon=True)
+    pacing.start()
+    wait_for(lambda: len(beats) > 1)
+    assert pacing.is_alive()
+    idle_agent._sampling.change(SamplingChange(max_fps=100.0))
+    pacing.join(5 * PATIENCE)
+    assert not pacing.is_alive()
+
+
+def test_a_disk_that_takes_nothing_does_not_stop_inference(
+    idle_agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    idle_agent._slots._record(idle_agent._slots.state("a"), "staged")  # what a power cut may leave
+    monkeypatch.setattr("device.journal._write_all", full)
+    idle_agent._recover()
+    assert "cannot be put in order" in caplog.text
+
+
+def test_a_transfer_that_goes_on_is_no_hang(idle_agent: Agent, field: Field):
+    updates = idle_agent._commands.updates
+    updates._busy_since = time.monotonic() - 10_000
+    assert updates.busy_s() >= 10_000
+    assert idle_agent._verbs._updater.preview(field.directory / "repo")
+    assert updates.busy_s() < 1000
+
+
+def test_an_agent_whose_frame_loop_fails_can_still_be_reached(idle_agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    connects: list[str] = []
+    monkeypatch.setattr(idle_agent, "_connect", lambda: connects.append("connect"))
+    monkeypatch.setattr(idle_agent, "_tick", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        idle_agent._step()
+    assert connects
 
 
 def wait_for_log(field: Field, text: str, timeout_s: float = 20) -> None:

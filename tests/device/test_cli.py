@@ -1,5 +1,6 @@
 """Every verb: its help has an example, wrong input is one line with an exit code, and it works on a real board directory."""
 
+import errno
 import fcntl
 import json
 import os
@@ -146,6 +147,23 @@ def test_who_looks_at_the_lock_stops_no_agent(tmp_path: Path):
         threading.Timer(0.2, looking.close).start()
         with agent_lock(tmp_path, "run"):
             pass
+
+
+def test_a_disk_that_became_read_only_is_locked_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with agent_lock(tmp_path, "update"):
+        pass
+    real = os.open
+
+    def read_only(path: str | Path, flags: int, *rest: int) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("device.lock.os.open", read_only)
+        with agent_lock(tmp_path, "run"):
+            assert lock_owner(tmp_path) is not None
+    assert lock_owner(tmp_path) is None
 
 
 def test_verbs_without_a_model_say_what_to_do(field: Field):

@@ -1,7 +1,11 @@
 """The frame source: each file once, in order; half-written files wait, damaged ones are counted once."""
 
 import contextlib
+import itertools
 import logging
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +198,37 @@ def test_no_error_of_a_decoder_ends_the_source(tmp_path: Path, monkeypatch: pyte
     assert source.tally.bad == {"unreadable": 1}
 
 
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_never_ends_is_no_frame(tmp_path: Path, kind: str):
+    path = tmp_path / "a.npy"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    clock = Clock()
+    source = DirectorySource(tmp_path, clock=clock)
+    write_pgm(tmp_path / "b.pgm")
+    assert ids(source) == ["b"]
+    clock.now += SETTLE_S
+    assert ids(source) == []
+    assert source.tally.bad == {"unreadable": 1}
+
+
+def test_bad_frames_do_not_keep_the_frame_loop(tmp_path: Path):
+    source = DirectorySource(tmp_path, clock=itertools.count().__next__)  # a second passes whenever it looks
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    write_pgm(tmp_path / "z.pgm")
+    assert ids(source) == []
+    assert source.tally.bad == {}  # it has not come to the end
+    started = time.monotonic()
+    source.wait(60, threading.Event())
+    assert time.monotonic() - started < 5
+    seen = [ids(source) for _ in range(40)]
+    assert [look for look in seen if look] == [["z"]]
+    assert source.tally.bad == {"unreadable": 5}
+
+
 def test_an_image_too_large_for_the_board_is_refused_before_it_is_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -204,6 +239,14 @@ def test_an_image_too_large_for_the_board_is_refused_before_it_is_unpacked(
     Image.fromarray(np.zeros((90, 90), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(FrameError, match="limit"):
         read_frame(tmp_path / "a.png", 3)
+
+
+def test_a_grey_model_has_no_room_for_more_pixels_than_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.fromarray(np.zeros((90, 90), np.uint16)).save(tmp_path / "a.png")
+    assert read_frame(tmp_path / "a.png", 1).shape == (90, 90, 1)
+    monkeypatch.setattr("device.frames.MAX_FRAME_BYTES", 2 * 90 * 90)
+    with pytest.raises(FrameError, match="90x90 pixels are over the limit"):
+        read_frame(tmp_path / "a.png", 1)
 
 
 def test_files_that_share_an_id_get_ids_of_their_own(tmp_path: Path):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from device.ask import ASK_DIRECTORY, Asked, ask
+from device.ask import ASK_DIRECTORY, Asked, ask, read_attachment
 from device.cli import main
-from device.contract.errors import AgentBusyError, DeviceError
+from device.contract.errors import AgentBusyError, ArtifactError, DeviceError
 from device.contract.manifest import ProjectorEntry
 from device.contract.messages import Command, Reply, decode_event, decode_state, encode_command
 from device.slots import Slots
@@ -85,6 +85,7 @@ def test_hand_tools_say_what_is_missing(field: Field):
     require_one_error_line(field.cli("learned", "import", field.directory / "none"), 3, "none: cannot be read")
     other = field.root / "agent.toml"
     require_one_error_line(field.cli("learned", "import", other), 3, "agent.toml: is no backup of learned state")
+    require_one_error_line(field.cli("learned", "import", "/dev/zero"), 3, "/dev/zero: is no backup of learned state")
 
 
 def test_options_may_stand_among_the_words_of_a_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -93,6 +94,12 @@ def test_options_may_stand_among_the_words_of_a_verb(capsys: pytest.CaptureFixtu
     assert "agent.toml: no such file" in capsys.readouterr().err
     assert main(["learned", "export", "--root", str(tmp_path), "backup.learned"]) == 2
     assert "agent.toml: no such file" in capsys.readouterr().err
+
+
+def test_no_more_is_read_of_what_lies_beside_a_request_than_there_may_be(tmp_path: Path):
+    assert len(read_attachment(Path("/dev/zero"), 1000)) == 1001
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_attachment(tmp_path / "none", 1000)
 
 
 def test_an_update_that_would_lose_a_class_waits_for_a_decision(field: Field, other_model: TinyModel, broker_port: int):

@@ -1,5 +1,6 @@
 """What was learned moves to another backbone: exactly where it can, judged by the guard, and never half."""
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -427,4 +428,17 @@ def test_a_projector_of_others_is_refused_by_name(tmp_path: Path, projector: Way
         read_projector(path, **ends, dims=(16, 16))
     path.write_bytes(npz({key: array for key, array in arrays.items() if key != name}))
     with pytest.raises(ArtifactError, match=f"is no projector .*{name}"):
+        read_projector(path, **ends, dims=(16, 16))
+
+
+def test_a_projector_cannot_fill_the_memory(tmp_path: Path):
+    ends = {"from_backbone": "a", "to_backbone": "b"}
+    path = tmp_path / "projector.npz"
+    np.savez_compressed(path, weight=np.zeros((1000, 1000)))  # a few kilobytes
+    with pytest.raises(ArtifactError, match=r"weight\.npy is compressed"):
+        read_projector(path, **ends, dims=(16, 16))
+    with zipfile.ZipFile(path, "w") as archive, archive.open("weight.npy", "w") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (1 << 50,)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ArtifactError, match="cannot be read"):
         read_projector(path, **ends, dims=(16, 16))

@@ -1,5 +1,7 @@
 """Pre-processing equals PyTorch's, and refuses frames that are not what the model takes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -69,6 +71,26 @@ def neighbours(target: int, source_size: int, target_size: int) -> tuple[int, in
     position = min(max((target + 0.5) * (source_size / target_size) - 0.5, 0), source_size - 1)
     low = int(position)
     return low, min(low + 1, source_size - 1), np.float32(position - low)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 2), small, st.integers(1, 60), small, small, st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
+def test_wide_frames_get_the_same_numbers_from_the_columns_they_need(n, height, width, to_height, to_width, c, seed):
+    frames = np.random.default_rng(seed).integers(0, 256, (n, height, width, c), dtype=np.uint8)
+    expected = resize_bilinear(frames, to_height, to_width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("device.preprocess.BLOCK_BYTES", 1)
+        np.testing.assert_array_equal(resize_bilinear(frames, to_height, to_width), expected)
+
+
+def test_a_frame_of_one_long_row_takes_little_memory():
+    frame = np.zeros((1, 1, 2_000_000, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        resize_bilinear(frame, 224, 224)
+        assert tracemalloc.get_traced_memory()[1] < frame.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_normalizes_after_scaling_to_one():

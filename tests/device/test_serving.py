@@ -15,9 +15,9 @@ from device.contract.bundle import extract
 from device.contract.errors import ArtifactError, ChecksumError, EngineError, UpdateRefusedError
 from device.engine import Engine
 from device.probation import MEMORY_LOOK_S, MEMORY_LOOKS, SUSTAINED, WINDOW_FRAMES
-from device.serving import CANARY_S, Serving
+from device.serving import CANARY_S, Model, Serving
 from device.slots import Slots
-from tests.support.tiny_bundle import LABELS, TinyModel, make_frames, write_bundle, wrong_golden
+from tests.support.tiny_bundle import LABELS, NEW_LABEL, TinyModel, make_frames, write_bundle, wrong_golden
 
 BOARD = load_board("generic-x86-64")
 RUNTIME = BOARD.runtime
@@ -160,6 +160,18 @@ def test_a_journal_that_cannot_be_written_refuses_the_change(bench: Bench, monke
     assert (refused.value.reason, bench.release) == ("disk", 2)
 
 
+def test_a_model_gives_way_also_where_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    bench.activate(2)
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("device.journal._write_all", full)
+    bench.serving.revert(bench.serving.model, "engine", "gone wrong")
+    assert (bench.release, bench.serving.is_testing) == (1, False)
+    assert bench.slots.state("b").state == "testing"  # and is tested again by the next start
+
+
 def test_golden_outputs_decide_the_confirmation(bench: Bench):
     bench.activate(2, **wrong_golden(bench.model))
     bench.confirm()
@@ -293,6 +305,25 @@ def test_a_confirmed_model_whose_interpreter_went_wrong_is_loaded_anew(bench: Be
     assert not bench.serving.problem
 
 
+def test_a_confirmed_model_does_not_give_way_to_a_slot_that_an_update_takes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    bench.activate(2)
+    bench.confirm()
+    break_canary(monkeypatch, lambda other: other.path.parent.name == "b")
+
+    def check(model: Model) -> None:
+        if model.slot == "b":
+            raise ArtifactError("wrong")
+        bench.slots.discard("a", "the update begins now")
+
+    monkeypatch.setattr(Model, "check_golden", check)
+    bench.clock.now += CANARY_S
+    bench.serving.watch()
+    assert (bench.release, bench.slots.serving().slot) == (2, "b")
+    assert "no other model here is right" in bench.serving.problem
+
+
 @pytest.mark.parametrize("is_older_right", [True, False])
 def test_a_confirmed_model_gives_way_only_to_one_that_is_right(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, is_older_right: bool
@@ -305,3 +336,42 @@ def test_a_confirmed_model_gives_way_only_to_one_that_is_right(
     assert bench.release == (1 if is_older_right else 2)
     assert bench.slots.state("b").reason == ("canary" if is_older_right else "")
     assert ("the model before serves" if is_older_right else "no other model here is right") in bench.serving.problem
+
+
+def test_a_lesson_on_probation_outlives_it_where_the_model_before_has_the_same_features(bench: Bench):
+    bench.activate(2)
+    features = np.stack([bench.serving.model.infer(frame)[0] for frame in make_frames(10, 4)])
+    bench.serving.model.classifier.learn(features, NEW_LABEL)
+    bench.serving.revert(bench.serving.model, "engine", "gone wrong")
+    assert bench.release == 1
+    assert bench.serving.model.classifier.taught == (NEW_LABEL,)
+    bench.serving.model.classifier.learn(features, NEW_LABEL)
+    bench.serving = Serving(bench.slots, RUNTIME)
+    bench.serving.start()
+    assert bench.serving.model.classifier.head.version == 2
+
+
+@pytest.mark.parametrize("is_rolled_back", [True, False])
+def test_a_lesson_while_another_model_is_loaded_is_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_rolled_back: bool
+):
+    bench.activate(2)
+    bench.confirm()
+    classifier, load = bench.serving.model.classifier, Model.load
+    features = np.stack([bench.serving.model.infer(frame)[0] for frame in make_frames(10, 4)])
+
+    def load_slowly(*arguments: object) -> Model:
+        model = load(*arguments)
+        classifier.learn(features, NEW_LABEL)
+        return model
+
+    monkeypatch.setattr(Model, "load", load_slowly)
+    if is_rolled_back:
+        bench.serving.rollback()
+    else:
+        engine = bench.serving.model.engine
+        break_canary(monkeypatch, lambda other: other is engine)
+        bench.clock.now += CANARY_S
+        bench.serving.watch()
+        assert bench.serving.model.engine is not engine
+    assert bench.serving.model.classifier.taught == (NEW_LABEL,)

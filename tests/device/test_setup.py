@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.config import AgentConfig, SourceConfig, load_config
+from device.config import AgentConfig, RuntimeOverrides, SourceConfig, load_config
 from device.contract.board import board_names, load_board
 from device.contract.errors import BrokerError, ConfigError
 from device.contract.topics import DeviceId
@@ -214,6 +214,23 @@ def test_a_board_is_set_up_with_a_camera_and_stays_so(
     with pytest.raises(ConfigError, match=r"says source\.(kind|device)"):
         set_up(root, replace(wishes, camera="/dev/video9"), enrol=None)
     assert tree(tmp_path) == before
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    ("delegate", "classes"),
+    [("edgetpu", {"apex", "usb_device"}), ("gpu", {"drm"}), ("vx", {"galcore"}), ("libnpu.so", set()), (None, set())],
+)
+def test_a_delegate_reaches_its_accelerator(tmp_path: Path, delegate: str | None, classes: set[str]):
+    service = Service(root=Path("/var/lib/fieldvit"), python=Path("/bin/true"))
+    config = replace(CONFIG, runtime=RuntimeOverrides(delegate=delegate))
+    text = unit_text(service, config, load_board("raspberry-pi-4"))
+    assert set(re.findall("^DeviceAllow=char-(.*) rw$", text, re.MULTILINE)) == classes
+    assert ("PrivateDevices=yes" in text) == (delegate is None)
+    assert ("DevicePolicy=closed" in text) == (delegate != "libnpu.so")
+    assert ("AF_NETLINK" in text) == (delegate == "edgetpu")
+    result = analyze(tmp_path, text, "verify", "--man=no")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_camera_that_is_no_device_is_refused_before_anything_is_written(tmp_path: Path, wishes: Wishes):

@@ -251,6 +251,14 @@ def test_what_is_too_large_retained_or_damaged_is_refused_by_reason():
     assert source.tally.bad == {"unreadable": 3, "too-large": 3}
 
 
+def test_bad_messages_do_not_keep_the_frame_loop(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("device.sources.messages.BAD_FRAMES_S", -1.0)
+    source = messages(b"no picture", b"nor this", npy(np.zeros((2, 2), np.uint8)))
+    assert list(source.poll(1)) == []
+    assert source.tally.bad == {"unreadable": 1}
+    assert sum(len(list(source.poll(1))) for _ in range(2)) == 1
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few kilobytes that says it is of that size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)

@@ -1,5 +1,6 @@
 """Packed weights come from a file that belongs to this very model, and are packed again where it does not."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,30 @@ import pytest
 
 from device.backbone import open_backbone
 from device.cached_engine import KEPT, CachedEngine, cache_path, is_whole
-from device.config import RuntimeOverrides, resolve_runtime
+from device.config import RuntimeOverrides, load_config, resolve_runtime
 from device.contract.board import load_board
 from device.contract.bundle import extract
-from device.contract.errors import EngineError
+from device.contract.errors import ArtifactError, EngineError
+from device.hand import learn_arguments
+from device.infer import infer_files
 from device.preprocess import preprocess
 from device.runtime import LITERT, tflite_runtime
+from device.selftest import SelfTest, run_in_child
+from device.selftest import main as selftest
 from device.serving import Serving
 from device.slots import Slots
-from tests.support.tiny_bundle import LABELS, SPEC, TinyModel, bundle_files, make_frames, make_manifest, write_bundle
+from device.updater import Updater
+from tests.support.agent import Field
+from tests.support.tiny_bundle import (
+    LABELS,
+    SPEC,
+    TinyModel,
+    bundle_files,
+    make_frames,
+    make_manifest,
+    write_bundle,
+    write_frames,
+)
 
 BOARD = load_board("generic-x86-64")
 needs_litert = pytest.mark.skipif(tflite_runtime().name != LITERT, reason="only LiteRT has weight caches")
@@ -94,6 +110,44 @@ def test_where_there_is_no_cache_the_interpreter_takes_its_place(tmp_path: Path,
     engine = open_backbone(tmp_path, manifest, artifact, threads=1, delegate="xnnpack", caches=tmp_path / "cache")
     assert "weight cache" in engine.delegate_problem
     require_right(engine, tiny_model)
+
+
+@needs_litert
+def test_what_the_agent_will_serve_with_a_cache_is_tested_with_one(
+    field: Field, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    field.configure(runtime="weight_cache = true")
+    slots = Slots(field.root)
+    slots.recover(is_start=False)
+    asked: list[Path] = []
+
+    def spied(slot: Path, precision: str, *, caches: Path, **rest: object) -> SelfTest:
+        asked.append(caches)
+        return run_in_child(slot, precision, caches=caches, **rest)
+
+    monkeypatch.setattr("device.updater.run_in_child", spied)
+    work = Updater(field.root, load_config(field.root), BOARD, slots)
+    staged = work.stage(field.directory / "repo")
+    assert staged.test.golden_difference < 1e-4
+    assert {*asked} == {field.root / "cache" / "test"}
+    arguments = [str(slots.directory(staged.slot)), "--precision", "int8", "--caches", str(asked[0])]
+    assert selftest(arguments) == 0
+    assert not asked[0].exists()
+    monkeypatch.setattr(CachedEngine, "features", lambda engine, _: np.zeros(engine._dim, np.float32))
+    assert selftest(arguments) == ArtifactError.exit_code
+    assert "golden features differ" in capsys.readouterr().err
+
+
+def test_tools_beside_the_agent_leave_its_caches_alone(field: Field, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("device.infer.forbidden_modules", list)
+    field.configure(runtime="weight_cache = true")
+    field.cli("update")
+    shutil.rmtree(field.root / "cache", ignore_errors=True)
+    write_frames(field.root / "frames", 1, 2)
+    config, files = load_config(field.root), [field.root / "frames"]
+    assert infer_files(field.root, config, BOARD, files)["results"][0]["label"] == LABELS[2]
+    assert len(learn_arguments(field.root, config, BOARD, LABELS[2], files, ())["features"]) == 1
+    assert not (field.root / "cache").exists()
 
 
 @needs_litert
