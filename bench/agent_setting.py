@@ -146,7 +146,8 @@ def _start(words: Sequence[object], log_path: Path) -> subprocess.Popen:
 
 def _environment() -> dict[str, str]:
     """A board's: its modules lie there compiled, and one thread is one thread."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"OPENBLAS_NUM_THREADS": str(THREADS)}  # as the agent sets it
 
 
 def end(process: subprocess.Popen, log_path: Path) -> None:

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; our own errors become one line and their exit code."""
     arguments = _parser().parse_args(argv)
     set_up_logging()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: resizing a frame must not take every core
     verb: Verb = arguments.verb
     try:
         return verb(arguments)

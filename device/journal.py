@@ -11,7 +11,6 @@ from device.contract.errors import ConfigError
 from device.contract.files import sync_directory, write_atomic
 from device.contract.records import from_table, to_table
 
-STATES = ("empty", "staged", "testing", "confirmed", "rejected")
 MAX_BYTES = 1 << 20
 KEEP_LINES = 500
 

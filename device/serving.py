@@ -187,7 +187,20 @@ class Serving:
                     log.error("slot %s cannot be loaded: %s", entry.slot, error)
                     if isinstance(error, EngineError) and not self._slots.has_other(entry.slot):
                         return
-                    self._slots.reject(entry.slot, "load", str(error))
+                    try:
+                        self._slots.reject(entry.slot, "load", str(error))
+                    except OSError as disk:
+                        log.error("the journal cannot be written (%s); make room, or check the disk", disk)
+                        self._serve_beside(entry)
+                        return
+
+    def _serve_beside(self, entry: Entry) -> None:
+        """Serve the other confirmed model, if there is one, though the journal goes on naming this one."""
+        if self._slots.has_other(entry.slot):
+            try:
+                self._serve(self._prepare(self._load(self._slots.rollback_target())))
+            except DeviceError as error:
+                log.error("the model before cannot be loaded either: %s", error)
 
     def activate(self, slot: str, precision: str, *, accept_loss: bool = False) -> Migration:
         """Serve a staged slot on probation, with what was taught here; a model that cannot be loaded either is rejected.

@@ -23,6 +23,7 @@ after power was lost: that is no fault of the model). Lines within `CRASH_WINDOW
 order does not. Too many of them reject the model, a confirmed one only where another confirmed model can take over.
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -45,6 +46,8 @@ MAX_CRASHES = 5
 """Crashes of a confirmed model within the window; the next one goes back to the other."""
 CRASH_WINDOW_S = 600.0
 STOPPED, CRASHED = "stopped", "crashed"
+
+log = logging.getLogger(__name__)
 
 Extract = Callable[[Path], Manifest]
 """Writes a bundle into the directory it is given, synced, and returns its manifest."""
@@ -292,6 +295,13 @@ class Slots:
                 shutil.rmtree(self.directory(slot), ignore_errors=True)
 
     def _point_link(self) -> None:
+        """Move the link to where the journal points; what fails here, the next change or start does."""
+        try:
+            self._move_link()
+        except OSError as error:  # the journal has the truth already: a caller must not think that nothing happened
+            log.error("%s: cannot be moved (%s); make room, or check the disk", self.root / "current", error)
+
+    def _move_link(self) -> None:
         link, serving = self.root / "current", self.serving()
         if serving is None:
             link.unlink(missing_ok=True)

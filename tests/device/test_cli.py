@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -262,3 +264,16 @@ def test_doctor_is_content_with_a_sound_board(field: Field, broker_port: int):
         *("root", "disk", "clock", "config", "board", "trust", "agent", "model", "runtime"),
         *("delegate", "temperature", "frames", "secrets", "owner", "spool", "broker"),
     ]
+
+
+def test_numpy_takes_one_thread_on_a_board(tmp_path: Path):
+    """Its own default is one for each core, for every resized frame."""
+    script = (
+        "import sys; from device.cli import main; main(['status', '--root', sys.argv[1]]); import numpy; "
+        "print(open('/proc/self/status').read())"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], env=kept, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"^Threads:\t1$", done.stdout, re.MULTILINE), done.stdout

@@ -1,6 +1,7 @@
 """Probation: a model confirms after its soak, and gives way to the one before at the first error."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -170,6 +171,47 @@ def test_a_model_gives_way_also_where_that_cannot_be_written(bench: Bench, monke
     bench.serving.revert(bench.serving.model, "engine", "gone wrong")
     assert (bench.release, bench.serving.is_testing) == (1, False)
     assert bench.slots.state("b").state == "testing"  # and is tested again by the next start
+
+
+@pytest.mark.parametrize("is_confirmed", [False, True])
+def test_a_damaged_model_gives_way_at_the_start_also_where_that_cannot_be_written(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_confirmed: bool
+):
+    bench.activate(2)
+    if is_confirmed:
+        bench.confirm()
+    (bench.slots.directory("b") / "labels.txt").write_bytes(b"damaged")
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("device.journal._write_all", full)
+    serving = Serving(Slots(bench.root), RUNTIME)
+    serving.start()
+    assert (serving.model.manifest.release, serving.is_testing) == (1, False)
+    (bench.slots.directory("a") / "labels.txt").write_bytes(b"damaged")
+    serving = Serving(Slots(bench.root), RUNTIME)
+    serving.start()
+    assert serving.model is None
+
+
+def test_a_link_that_cannot_be_moved_leaves_journal_and_serving_in_accord(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", full)
+        bench.activate(2)
+    assert (bench.release, bench.slots.state("b").state, os.readlink(bench.root / "current")) == (
+        2,
+        "testing",
+        "slots/a",
+    )
+    bench.confirm()
+    bench.slots.recover(is_start=True)
+    assert os.readlink(bench.root / "current") == "slots/b"
 
 
 def test_golden_outputs_decide_the_confirmation(bench: Bench):
