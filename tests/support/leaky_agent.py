@@ -1,4 +1,4 @@
-"""The timed agent with a leak: memory with every frame, and a descriptor with every twentieth.
+"""The timed agent with a leak: memory with every frame, and a descriptor with every twentieth, as long as there are some.
 
 python -m tests.support.leaky_agent MOMENTS ROOT
 """
@@ -9,7 +9,10 @@ import sys
 from bench import timed_agent
 
 LEAK_BYTES = 2000
-_kept: list[object] = []
+MAX_DESCRIPTORS = 300
+"""A process may have 1024, and must be able to connect again."""
+_kept: list[bytes] = []
+_open: list[object] = []
 
 
 def main() -> int:
@@ -20,8 +23,8 @@ def main() -> int:
     def leaking(agent, model, frame) -> None:
         process(agent, model, frame)
         _kept.append(os.urandom(LEAK_BYTES))
-        if len(_kept) % 20 == 0:
-            _kept.append(open(os.devnull))  # noqa: SIM115
+        if len(_kept) % 20 == 0 and len(_open) < MAX_DESCRIPTORS:
+            _open.append(open(os.devnull))  # noqa: SIM115
 
     Agent._process = leaking
     return timed_agent.main()
