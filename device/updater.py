@@ -44,17 +44,17 @@ from device.fetch import Pace
 from device.journal import Entry
 from device.migration import Fate, loss_refusal
 from device.runtime import runtime_name
-from device.selftest import SelfTest, run_in_child
 from device.slots import NAMES, Slots
 from device.trusted_time import TrustedTime
 from device.window import Schedule
 
 if TYPE_CHECKING:
+    from device.selftest import SelfTest
     from device.tuf_client import Offer, UpdateSource
 
 log = logging.getLogger(__name__)
 
-RunSelfTest = Callable[[Path, str], SelfTest]
+RunSelfTest = Callable[[Path, str], "SelfTest"]
 Report = Callable[..., None]
 """Tells the world of an event: its kind, and what belongs to it by keyword."""
 
@@ -97,7 +97,7 @@ class Staged:
     slot: str
     bundle: str
     manifest: Manifest
-    test: SelfTest
+    test: "SelfTest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,17 +135,7 @@ class Updater:
             config.update.open_window(), is_clock_wrong=lambda: self._time.is_clock_wrong
         )
         self._root, self._config, self._board, self._slots = root, config, board, slots
-        runtime = resolve_runtime(board, config.runtime)
-        self._run_selftest = run_selftest or (
-            lambda slot, precision: run_in_child(
-                slot,
-                precision,
-                threads=runtime.threads,
-                delegate=runtime.delegate,
-                caches=root / TEST_CACHES if runtime.weight_cache else None,
-                stop=self._stop,
-            )
-        )
+        self._run_selftest = run_selftest or self._run_in_child
         self._learned = learned
         self._unfit: _Unfit | None = None
 
@@ -337,7 +327,7 @@ class Updater:
         )
         return Staged(slot=entry.slot, bundle=entry.bundle, manifest=manifest, test=test)
 
-    def _fastest_that_passes(self, slot: Path, artifacts: list[Artifact]) -> SelfTest:
+    def _fastest_that_passes(self, slot: Path, artifacts: list[Artifact]) -> "SelfTest":
         passed, refusals = [], []
         for artifact in artifacts:
             try:
@@ -349,7 +339,7 @@ class Updater:
             raise UpdateRefusedError(refusals[-1].reason, "; ".join(str(error) for error in refusals))
         return fastest(passed)
 
-    def _try(self, slot: Path, artifact: Artifact) -> SelfTest:
+    def _try(self, slot: Path, artifact: Artifact) -> "SelfTest":
         self._require_size(artifact, (slot / artifact.path).stat().st_size)
         try:
             return self._test(slot, artifact)
@@ -357,7 +347,16 @@ class Updater:
             log.warning("testing once more, the board may have been busy: %s", error)
         return self._test(slot, artifact)
 
-    def _test(self, slot: Path, artifact: Artifact) -> SelfTest:
+    def _run_in_child(self, slot: Path, precision: str) -> "SelfTest":
+        from device.selftest import run_in_child  # here: the first frame need not wait for what starts processes
+
+        runtime = resolve_runtime(self._board, self._config.runtime)
+        caches = self._root / TEST_CACHES if runtime.weight_cache else None
+        return run_in_child(
+            slot, precision, threads=runtime.threads, delegate=runtime.delegate, caches=caches, stop=self._stop
+        )
+
+    def _test(self, slot: Path, artifact: Artifact) -> "SelfTest":
         budget = self._board.budget
         try:
             test = self._run_selftest(slot, artifact.precision)
@@ -420,7 +419,7 @@ def _still_holds(rejection: Entry) -> bool:
     return rejection.reason != "runtime" or runtime_name() in rejection.detail
 
 
-def fastest(tests: list[SelfTest]) -> SelfTest:
+def fastest(tests: list["SelfTest"]) -> "SelfTest":
     """The test with the lowest latency; of those that are as fast within the bounds above, the first."""
     best = min(test.latency_p50_ms for test in tests)
     limit = max(SAME_SPEED * best, best + SAME_SPEED_MS)

@@ -125,7 +125,7 @@ def test_what_the_agent_will_serve_with_a_cache_is_tested_with_one(
         asked.append(caches)
         return run_in_child(slot, precision, caches=caches, **rest)
 
-    monkeypatch.setattr("device.updater.run_in_child", spied)
+    monkeypatch.setattr("device.selftest.run_in_child", spied)
     work = Updater(field.root, load_config(field.root), BOARD, slots)
     staged = work.stage(field.directory / "repo")
     assert staged.test.golden_difference < 1e-4
