@@ -41,8 +41,12 @@ from device.flight import MAX_MESSAGES, Flight
 from device.spool import Message, Spool, SpoolError
 
 CONNECT_TIMEOUT_S = 5.0
-SESSION_EXPIRY_S = 7 * 86400
-"""How long a broker keeps commands for a board that is away; MQTT 3.1.1 has no such limit."""
+NEVER = 0xFFFFFFFF
+"""When a broker forgets the session, and so the commands, of a board that is away: as with MQTT 3.1.1.
+
+Any other time is a danger to mosquitto before 2.1: when it reads its files again, as after a revocation, it lists those
+who are away with such a time twice, frees them once, and ends or goes on with memory that is somebody else's.
+"""
 WILL_DELAY_S = 5
 """A board that is back so soon is not reported as gone."""
 MAX_PACKET_BYTES = 4 * MAX_PAYLOAD_BYTES
@@ -391,7 +395,7 @@ def connect(client: paho.Client, config: BrokerConfig, protocol: MQTTProtocolVer
         client.connect(config.hostname, config.port, config.keepalive_s)
         return
     properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-    properties.SessionExpiryInterval = SESSION_EXPIRY_S if is_persistent else 0
+    properties.SessionExpiryInterval = NEVER if is_persistent else 0
     properties.ReceiveMaximum = MAX_MESSAGES
     properties.MaximumPacketSize = MAX_PACKET_BYTES
     client.connect(

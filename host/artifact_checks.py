@@ -6,9 +6,10 @@ rounding, what float32 makes of the same inputs (`converters.layers_tflite`).
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -18,8 +19,9 @@ from converters.layers import LayerReport
 from converters.layers_coreml import compare_package
 from converters.layers_tflite import compare_float, compare_quantized
 from converters.torch_trace import TracedTensor
+from device.contract.errors import ArtifactError
 from device.contract.manifest import InputSpec
-from device.contract.records import to_table
+from device.contract.records import from_table, to_table
 from host.data.inputs import to_input
 from host.quantize.spec import FLOAT, HALF
 from host.stages.head import LinearHead
@@ -116,7 +118,7 @@ class Examiner:
         table = flatbuffer.read_metadata(path)
         if self.reference.spec != self.spec or table is None or table == to_table(self.spec):
             return self.reference.spec
-        return InputSpec(**table)
+        return _to_spec(path, table)
 
     def _record_problems(self, path: Path) -> list[str]:
         table, found = flatbuffer.read_metadata(path), []
@@ -126,9 +128,13 @@ class Examiner:
             )
         if table is not None and table != to_table(self.spec):
             found.append(
-                f"its metadata pre-process otherwise than training did: {_changes(InputSpec(**table), self.spec)}"
+                f"its metadata pre-process otherwise than training did: {_changes(_to_spec(path, table), self.spec)}"
             )
         return found
+
+
+def _to_spec(path: Path, table: Mapping[str, Any]) -> InputSpec:
+    return from_table(InputSpec, table, where=f"{path.name}: metadata of the input", error=ArtifactError)
 
 
 def _changes(spec: InputSpec, expected: InputSpec) -> str:

@@ -150,7 +150,7 @@ def test_home_assistant_is_told_by_each_board_of_itself_alone(site, identities):
 
 def test_another_s_client_id_takes_over_nothing(site, identities):
     """Neither the connection nor what waits for it: the broker makes everyone's client id the name in the certificate."""
-    mine = ("-i", f"fieldvit-{SITE}-own", "-c", "-x", "300")
+    mine = ("-i", f"fieldvit-{SITE}-own", "-c", "-x", "-1")
     victim = site.hear(identities["own"], f"{SITE_TOPICS}/own/command", extra=mine)
     time.sleep(SETTLE_S)
     thief = site.hear(identities["other"], f"{SITE_TOPICS}/own/command", extra=mine)
@@ -251,6 +251,20 @@ def test_a_board_that_enrols_again_is_let_in_again(site, identities):
     pem = site.enrol("back")
     time.sleep(SETTLE_S)
     assert site.say(pem, f"{SITE_TOPICS}/back/event", "hello")
+
+
+def test_a_broker_that_reads_its_files_again_keeps_those_who_are_away(site, identities):
+    """mosquitto before 2.1 frees a session that ends by time, and that it listed twice, once; ours do not."""
+    asleep = BrokerConfig(
+        hostname="localhost", port=site.port, ca_file=str(site.authority), cert_file=str(identities["own"])
+    )
+    for _ in range(8):
+        probe(asleep, site.directory)
+        for _ in range(2):
+            assert site.site.reload_broker()
+            time.sleep(SETTLE_S / 2)
+    probe(asleep, site.directory)
+    assert site.broker.poll() is None
 
 
 def test_a_look_at_the_broker_leaves_the_agent_s_commands_there(site, identities, tmp_path):
