@@ -7,7 +7,6 @@ Threads: `MainThread` reads and classifies frames; `mqtt` owns the connection; `
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,17 +23,17 @@ from device.contract.records import to_table
 from device.credentials import check_credentials
 from device.diagnostics import ErrorLog, diagnose
 from device.frames import Frame
-from device.last_run import begin_run, end_run, last_crash
+from device.last_run import begin_run, end_run
 from device.learned import remove_stale
 from device.modules import forbidden_modules
 from device.notify import Supervisor
+from device.opening import START_S, Opening
 from device.reporter import Reporter, agent_version
 from device.sampling import Sampling, SamplingChange, SamplingStore
-from device.serving import Model, Serving
-from device.slots import NAMES, Slots
+from device.serving import Attempt, Model, attempt
+from device.slots import NAMES
 from device.snapshot import take_snapshot
 from device.sources.messages import MessageSource
-from device.sources.open import open_source
 from device.spool import Spool
 from device.updater import Updater
 from device.verbs import Verbs, status_table, unknown_to
@@ -48,14 +47,10 @@ FLUSH_S = 2.0
 DRIFT_ALARM = 1.0
 """Mean shift of the features, in standard deviations, that is reported as an event; not calibrated per model."""
 MAX_FAILED_STEPS = 10
-START_S = 120.0
-"""How long the first model may take to load until the watchdog calls it a hang."""
 HANG_LOCK_S = 5.0
 RELOAD_S = 30.0
 """How often a model that could not be loaded, though its files are whole, is tried again."""
 
-SWITCH_S = 0.0005
-"""How long another thread may keep the frame loop from going on after NumPy or LiteRT; Python's 5 ms come several times a frame."""
 ASKED_S = 0.2
 """How often the agent looks whether a shell on this board asks for something."""
 
@@ -76,8 +71,18 @@ class Agent:
         *,
         stop: threading.Event,
         supervisor: Supervisor | None = None,
+        opening: Opening | None = None,
     ) -> None:
-        """Wire the parts; `supervisor` is who started the agent, if it wants to hear of it."""
+        """Wire the parts.
+
+        Args:
+            root: the data directory.
+            config: of this agent.
+            board: its profile.
+            stop: set by whoever wants the agent to stop.
+            supervisor: who started the agent, if it wants to hear of it.
+            opening: begun already, so that the model is loaded beside this module; None: it begins here.
+        """
         found = forbidden_modules()
         if found:
             raise ConfigError(
@@ -91,9 +96,9 @@ class Agent:
         self._runtime = runtime = resolve_runtime(board, config.runtime)
         self._spool = Spool(root / "spool.db", max_bytes=runtime.spool_bytes, max_age_s=runtime.spool_age_s)
         self._reporter = Reporter(config.id, board.name, os.urandom(8).hex(), self._spool)
-        self._slots = Slots(root)
-        self._serving = Serving(self._slots, runtime, budget=board.budget)
-        self._source = open_source(config.source, root)
+        self._opening = opening or Opening(root, config, board)
+        self._slots, self._serving = self._opening.slots, self._opening.serving
+        self._source = self._opening.source
         self._verbs = Verbs(
             root,
             config.update.source,
@@ -154,28 +159,26 @@ class Agent:
     def run(self) -> int:
         """Serve until `stop` is set; 0 after a clean stop, 1 when something stays broken and a restart may help."""
         logging.getLogger().addHandler(self._log)
-        sys.setswitchinterval(SWITCH_S)
         try:
             return self._serve()
         finally:
             logging.getLogger().removeHandler(self._log)
 
     def _serve(self) -> int:
-        self._recover()
-        begin_run(self._root)
-        proven = self._slots.last_number
+        self._report_recovery()
         watchdog = self._make_watchdog()
         self._pulse.beat(grace_s=START_S)
         watchdog.start()
-        self._serving.start()
+        self._opening.finish()
         self._commands.start()
         if self._metrics:
             self._metrics.start()
-        self._source.start()
         self._pulse.beat()
         self._notifier.ready(self._status_line())
         log.info("%s serves %s; frames: %s", self._config.id, self._model_line(), self._config.source.kind)
-        if self._serving.model is None or self._slots.last_number != proven:  # a slot was damaged: get it again
+        if (
+            self._serving.model is None or self._slots.last_number != self._opening.last_number
+        ):  # a slot was damaged: get it again
             self._check_for_update()
         code = self._loop()
         self._notifier.stopping()
@@ -193,11 +196,10 @@ class Agent:
             end_run(self._root)
         return code
 
-    def _recover(self) -> None:
-        try:
-            for line in self._slots.recover(is_start=True, crash=last_crash(self._root)):
-                log.warning("recovered: %s", line)
-        except OSError as error:  # a disk that takes nothing must not stop inference: what the journal says is served
+    def _report_recovery(self) -> None:
+        for line in self._opening.recovered:
+            log.warning("recovered: %s", line)
+        if error := self._opening.disk_error:
             log.error("the slots cannot be put in order (%s); make room, or check the disk", error)
             self._reporter.event("error", reason="disk", detail=f"the journal cannot be written: {one_line(error)}")
 
@@ -280,9 +282,10 @@ class Agent:
     def _step(self) -> None:
         """One look at the frame source."""
         try:
-            self._tick()
-            model = self._serving.model
-            has_new = model is not None and self._classify_new_frames(model)
+            has_new, model = self._account_first(), self._serving.model
+            has_new |= model is not None and self._classify_new_frames(model)
+            if not has_new:
+                self._tick()
         finally:  # also when that fails: an agent that nobody can reach cannot be helped
             self._connect()
         if model is None:
@@ -295,31 +298,40 @@ class Agent:
         has_new = False
         for frame in self._source.poll(model.manifest.input.channels):
             has_new = True
-            self._process(model, frame)
-            self._connect()
-            self._tick()
-            self._pace()
+            self._account(attempt(model, frame))
             if self._stop.is_set() or self._serving.model is not model:
                 break
         return has_new
 
-    def _process(self, model: Model, frame: Frame) -> None:
-        started = time.perf_counter()
-        try:
-            features, answer = model.infer(frame.pixels)
-        except FrameError as error:
-            detail = f"{frame.frame_id}: {one_line(error)}"
-            self._count_bad_frame(error.reason, detail)
+    def _account_first(self) -> bool:
+        """Count what was answered before the agent was there, if anything was."""
+        first = self._opening.take_first()
+        if first:
+            self._account(first)
+        return first is not None
+
+    def _account(self, done: Attempt) -> None:
+        """Count a frame, and do what is due before the next one's turn."""
+        self._count(done)
+        self._connect()
+        self._tick()
+        self._pace()
+
+    def _count(self, done: Attempt) -> None:
+        model, frame, outcome, latency_s = done.model, done.frame, done.outcome, done.latency_s
+        if isinstance(outcome, FrameError):
+            detail = f"{frame.frame_id}: {one_line(outcome)}"
+            self._count_bad_frame(outcome.reason, detail)
             self._serving.count_bad_frame(model, detail)
             return
-        except EngineError as error:
-            self._count_error("engine", one_line(error))
-            self._serving.revert(model, "engine", one_line(error))
+        if isinstance(outcome, EngineError):
+            self._count_error("engine", one_line(outcome))
+            self._serving.revert(model, "engine", one_line(outcome))
             before = self._serving.model
             if before and before is not model:
-                self._process(before, frame)
+                self._count(attempt(before, frame))
             return
-        latency_s = time.perf_counter() - started
+        features, answer = outcome
         self._last_frame = frame if self._config.snapshot else None
         self._frames += 1
         self._serving.count_good_frame(model, latency_s=latency_s)

@@ -11,12 +11,12 @@ the same site and device, backbone and head, has to be sound, and passes the gua
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from device.classifier import Classifier, Head
 from device.contract.errors import ArtifactError, LearningError
 from device.contract.manifest import Artifact, LearningSpec, Manifest
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 from device.contract.topics import DeviceId
 from device.history import MAX_BYTES
@@ -31,7 +31,7 @@ _EXTRA_BYTES = 1 << 20
 _LONGEST_LESSON = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Backup:
     """What the header of a backup says; `base_head` is the SHA-256 of the bundle's head.npz."""
 

@@ -12,13 +12,14 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from device.contract.errors import ArtifactError, LearningError
 from device.contract.manifest import Artifact, Manifest
+from device.contract.record import record
 from device.golden import arrays_under, read_arrays
 from device.history import Lesson, is_too_much
 from device.learned import HEAD_NAME, LESSONS_REMEMBERED, LearnedState, LearnedStore, Start
@@ -31,7 +32,7 @@ MAX_EXAMPLES = 1000
 _BESIDE_STATE = ("guard_features", "guard_labels", "feature_mean", "feature_std")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class BaseHead:
     """What a bundle ships for one artifact."""
 
@@ -43,7 +44,7 @@ class BaseHead:
     feature_std: np.ndarray  # [D]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Head:
     """One immutable version of the classifier."""
 
@@ -77,7 +78,7 @@ class Head:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Answer:
     """The classification of one frame; `scores` [K] add up to 1."""
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,8 @@ Verb = Callable[[argparse.Namespace], int]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; our own errors become one line and their exit code."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser(words).parse_args(words)
     set_up_logging()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: resizing a frame must not take every core
     verb: Verb = arguments.verb
@@ -43,16 +44,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from device.app import Agent
-    from device.notify import Supervisor
-
     root, config, board = _setup(arguments)
     set_up_logging(config.log.format, is_journal=bool(os.environ.get("JOURNAL_STREAM")))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with _lock(root, "run"):
-        agent = Agent(root, config, board, stop=stop, supervisor=Supervisor.from_environment(os.environ))
+        from device.opening import Opening
+
+        opening = Opening(root, config, board)
+        from device.app import Agent  # here: it is loaded beside the model
+        from device.notify import Supervisor
+
+        supervisor = Supervisor.from_environment(os.environ)
+        agent = Agent(root, config, board, stop=stop, supervisor=supervisor, opening=opening)
         signal.signal(signal.SIGHUP, lambda *_: agent.reload())
         return agent.run()
 
@@ -343,19 +348,24 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for a command line: with the verb that it begins with, or else with all of them."""
     parser = _Parser(
         prog="fieldvit-device", description="The FieldViT agent: serve, teach and update a vision model on this board."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for name in words[:1] if words and words[0] in _VERBS else _VERBS:  # all take as long as a frame
+        _VERBS[name](verbs)
+    return parser
+
+
+def _add_run(verbs: Any) -> None:
     _add(verbs, "run", _run, "serve until stopped", "fieldvit-device run --root /var/lib/fieldvit", json_flag=False)
-    update = _add(
-        verbs,
-        "update",
-        _update,
-        "install what the channel offers; a running agent is asked to",
-        "fieldvit-device update --from dir:/media/usb/updates",
-    )
+
+
+def _add_update(verbs: Any) -> None:
+    example = "fieldvit-device update --from dir:/media/usb/updates"
+    update = _add(verbs, "update", _update, "install what the channel offers; a running agent is asked to", example)
     update.add_argument(
         "--from",
         dest="source",
@@ -367,34 +377,36 @@ def _parser() -> argparse.ArgumentParser:
     update.add_argument(
         "--dry-run", action="store_true", help="install nothing; say what is offered, and which taught classes it keeps"
     )
+
+
+def _add_status(verbs: Any) -> None:
     status = _add(verbs, "status", _status, "what is served, and how it goes", "fieldvit-device status --json")
     status.add_argument("--history", action="store_true", help="every state the slots went through, with reasons")
+
+
+def _add_rollback(verbs: Any) -> None:
     _add(verbs, "rollback", _rollback, "go back to the model before, for good", "fieldvit-device rollback")
-    _add_learning(verbs)
+
+
+def _add_infer(verbs: Any) -> None:
     infer = _add(verbs, "infer", _infer, "classify files", "fieldvit-device infer photo.png frames/ --json")
     infer.add_argument(
         "frames", nargs="+", type=Path, metavar="FRAME_OR_DIR", help="image files, or directories of them"
     )
     infer.add_argument("--precision", default="", help="another artifact of the bundle than the one served")
-    _add(
-        verbs,
-        "selftest",
-        _selftest,
-        "prove the served model again, in a child process",
-        "fieldvit-device selftest --json",
-    )
-    _add_set_up(verbs)
-    _add(
-        verbs,
-        "doctor",
-        _doctor,
-        "what is wrong with this board, and what to do",
-        "fieldvit-device doctor --root /var/lib/fieldvit",
-    )
-    return parser
 
 
-def _add_learning(verbs: Any) -> None:
+def _add_selftest(verbs: Any) -> None:
+    text = "prove the served model again, in a child process"
+    _add(verbs, "selftest", _selftest, text, "fieldvit-device selftest --json")
+
+
+def _add_doctor(verbs: Any) -> None:
+    text = "what is wrong with this board, and what to do"
+    _add(verbs, "doctor", _doctor, text, "fieldvit-device doctor --root /var/lib/fieldvit")
+
+
+def _add_learn(verbs: Any) -> None:
     learn = _add(verbs, "learn", _learn, "teach a class by hand", "fieldvit-device learn ripe photos/ripe/")
     learn.add_argument("label", metavar="LABEL", help="of all these frames; a class it knows, or a new one")
     learn.add_argument(
@@ -408,10 +420,16 @@ def _add_learning(verbs: Any) -> None:
         default=[],
         help="a frame that the running agent has just seen; repeatable",
     )
+
+
+def _add_undo(verbs: Any) -> None:
     undo = _add(verbs, "undo", _undo, "take a lesson back", "fieldvit-device undo")
     undo.add_argument(
         "lesson", nargs="?", metavar="LESSON", help="its id, as 'learned list' shows it; without it, the last one"
     )
+
+
+def _add_learned(verbs: Any) -> None:
     learned = _add(
         verbs,
         "learned",
@@ -450,6 +468,21 @@ def _add_set_up(verbs: Any) -> None:
         help="systemd's directory (default %(default)s); where it cannot be written, the unit goes into --root",
     )
     setup.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+
+
+_VERBS: Mapping[str, Callable[[Any], None]] = {
+    "run": _add_run,
+    "update": _add_update,
+    "status": _add_status,
+    "rollback": _add_rollback,
+    "learn": _add_learn,
+    "undo": _add_undo,
+    "learned": _add_learned,
+    "infer": _add_infer,
+    "selftest": _add_selftest,
+    "setup": _add_set_up,
+    "doctor": _add_doctor,
+}
 
 
 def _add(

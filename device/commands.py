@@ -23,11 +23,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from device.contract.errors import DeviceError, MessageError, one_line
 from device.contract.messages import MAX_PAYLOAD_BYTES, Command, Reply, decode_command, encode_reply
+from device.contract.record import record
 from device.contract.records import from_table
 from device.sampling import SamplingChange
 from device.spool import Spool
@@ -45,7 +46,7 @@ Handler = Callable[[Any, str], dict[str, Any]]
 DeviceError."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LearnArguments:
     """One label, and the examples of it: frames still in the ring, or features [n, D].
 
@@ -62,7 +63,7 @@ class LearnArguments:
             raise MessageError("learn: give either frame_ids or features")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UpdateArguments:
     """Where to look, instead of the configured source, and what to do with what is there.
 
@@ -79,21 +80,21 @@ class UpdateArguments:
     dry_run: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UndoArguments:
     """Which lesson to take back, by the id of its command; None: the last one."""
 
     lesson: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RestoreArguments:
     """A backup of learned state lies beside the request; may it replace classes that it does not have?"""
 
     accept_loss: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class NoArguments:
     """For verbs that take none."""
 

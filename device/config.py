@@ -59,13 +59,14 @@ enabled = true
 import os
 import sys
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from device.contract.board import Board, Runtime
 from device.contract.errors import ConfigError
 from device.contract.messages import VERBS
+from device.contract.record import record
 from device.contract.records import from_table
 from device.contract.topics import DeviceId, is_id
 from device.window import Window, parse_window
@@ -86,7 +87,7 @@ SOURCE_KINDS = {
 MAX_SIDE, MAX_FPS, MAX_QUEUE = 16384, 1000, 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class BrokerConfig:
     """Where the MQTT broker is, and how to log in."""
 
@@ -112,7 +113,7 @@ class BrokerConfig:
             raise ConfigError("broker.key_file needs broker.cert_file; name both, or neither")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """Where frames come from; a setting of another kind of source than this is a mistake, and refused."""
 
@@ -161,7 +162,7 @@ class SourceConfig:
             raise ConfigError(f"source.device must be the CSI camera's number, like '0', got {self.device!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UpdateConfig:
     """Where updates come from, how often and when to look, and how fast to read."""
 
@@ -194,7 +195,7 @@ class UpdateConfig:
         return parse_window(self.window, self.days)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RuntimeOverrides:
     """Values that replace the board profile's runtime defaults; see `device.contract.board.Runtime`."""
 
@@ -214,7 +215,7 @@ class RuntimeOverrides:
                 raise ConfigError(f"runtime.{name} must be above 0, got {value}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """How log lines look; see `device.logs`."""
 
@@ -225,7 +226,7 @@ class LogConfig:
             raise ConfigError(f"log.format must be {' or '.join(LOG_FORMATS)}, got {self.format!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WatchdogConfig:
     """Seconds that the frame loop may be silent, and that a command, or an update beside its transfer, may take."""
 
@@ -239,7 +240,7 @@ class WatchdogConfig:
                 raise ConfigError(f"watchdog.{name} must be above 0, got {value}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MetricsConfig:
     """Where Prometheus reads figures. Who can reach the port can read them, so other machines only when said so."""
 
@@ -263,7 +264,7 @@ class MetricsConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class HomeAssistantConfig:
     """Discovery by Home Assistant; see `device.home_assistant`."""
 
@@ -275,7 +276,7 @@ class HomeAssistantConfig:
             raise ConfigError(f"home_assistant.prefix {self.prefix!r}: use 1 to 64 letters, digits, '_' and '-' only")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
     """Everything in `agent.toml`."""
 

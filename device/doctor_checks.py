@@ -6,13 +6,13 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from device.config import AgentConfig
 from device.contract.board import Board, Runtime
 from device.contract.errors import DeviceError
+from device.contract.record import record
 from device.delegates import find_library, is_library
 from device.runtime import tflite_runtime
 from device.telemetry import soc_temp_celsius
@@ -23,7 +23,7 @@ CERTIFICATE_DAYS = 7
 MANY_MESSAGES = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One check: what was found, and the next step if it is not well. Advice alone does not fail the doctor."""
 

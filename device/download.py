@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from device.contract.files import sync_directory
 from device.contract.parts import Parts
+from device.contract.record import record
 from device.fetch import CHUNK_BYTES, CutOffError, Fetch, FetchError, Pace, RangeError
 
 RETRIES = 5
@@ -30,7 +31,7 @@ MIN_HELD_BYTES = 4096
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """A signed file: its name, where the source has it, and what its bytes must be."""
 
@@ -40,7 +41,7 @@ class Wanted:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Fetched:
     """A verified file, and how many bytes the source had to give for it."""
 

@@ -9,15 +9,15 @@ must let the board write `PREFIX/+/NODE/#` and read the last. Payloads as Home A
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from device.contract.record import record
 from device.contract.topics import DeviceId
 
 INSTALL = b"install"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Sensor:
     """One figure: `record` is its name in the telemetry pack."""
 

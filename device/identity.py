@@ -24,7 +24,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from device.contract.errors import EnrolmentError, MessageError
 from device.contract.files import write_atomic
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 from device.contract.topics import DeviceId
 
@@ -47,7 +47,7 @@ _PEM_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+----
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Token:
     """What `fieldvit fleet token` gives: the service's address, the authority's SHA-256 in hex, and a secret."""
 
@@ -56,7 +56,7 @@ class Token:
     secret: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Enrolment:
     """What a board knows of its certificate; times are Unix seconds."""
 

@@ -4,18 +4,19 @@ import errno
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from device.contract.errors import ConfigError
 from device.contract.files import sync_directory, write_atomic
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 
 MAX_BYTES = 1 << 20
 KEEP_LINES = 500
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One state that a slot came into.
 

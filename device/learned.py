@@ -24,6 +24,7 @@ import numpy as np
 from device.contract.bundle import read_manifest
 from device.contract.errors import ArtifactError, LearningError
 from device.contract.files import sync_directory, write_atomic
+from device.contract.record import record
 from device.golden import arrays_under, read_arrays
 from device.history import Lesson, from_arrays, to_arrays
 from device.learning.guard import Examples
@@ -35,7 +36,7 @@ HEAD_DIGITS = 32
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Start:
     """What the kept lessons were taught on: all labels, the learner's arrays, and the guard's examples."""
 
@@ -44,7 +45,7 @@ class Start:
     kept: Examples
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LearnedState:
     """One committed version: all labels, the shipped ones first, the learner's arrays, and the guard's examples.
 

@@ -20,7 +20,7 @@ own statistics, which would count twice.
 import copy
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,7 @@ import numpy as np
 from device.classifier import Classifier, Head, make_head
 from device.contract.errors import ArtifactError, GuardError, LearningError, UpdateRefusedError
 from device.contract.manifest import Artifact, Manifest
+from device.contract.record import record
 from device.golden import read_arrays
 from device.history import Lesson
 from device.learned import HEAD_NAME
@@ -42,7 +43,7 @@ DRAWS = 10
 Labels = tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Fate:
     """What becomes of the taught classes, by label."""
 
@@ -58,7 +59,7 @@ class Fate:
         return "; ".join(f"{verb} {', '.join(map(repr, labels))}" for verb, labels in parts.items() if labels)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Migration:
     """A head for the new model, not written yet, and what the guard said of it; None where nothing moves."""
 

@@ -22,7 +22,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +34,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from device.config import BrokerConfig
 from device.contract.errors import BrokerError
 from device.contract.messages import MAX_PAYLOAD_BYTES
+from device.contract.record import record
 from device.contract.topics import DeviceId
 from device.credentials import read_password, tls_context
 from device.flight import MAX_MESSAGES, Flight
@@ -67,7 +67,7 @@ _HOPELESS = ("Packet too large", "Payload format invalid", "Topic name invalid")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Companion:
     """Another system on the same broker: retained messages (topic, payload) for it, and one topic that it may write to.
 

@@ -8,8 +8,10 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Self
+
+from device.contract.record import record
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class Notifier:
             self._is_silent = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Supervisor:
     """Who started the agent: how to speak to it, and within how many seconds it wants to hear; 0: it does not watch."""
 

@@ -6,12 +6,12 @@ The only module that imports either. Both offer the same interpreter; what is kn
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from device.contract.errors import EngineError, RuntimeMismatchError
+from device.contract.record import record
 
 LITERT, TFLITE_RUNTIME = "ai-edge-litert", "tflite-runtime"
 WRONG = {
@@ -26,7 +26,7 @@ _LACKS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class TfliteRuntime:
     """An installed runtime: the package's name and version, its `Interpreter` and its `load_delegate`."""
 

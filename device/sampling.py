@@ -5,12 +5,13 @@
 
 import json
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from device.contract.errors import ConfigError, DeviceError, MessageError
 from device.contract.files import write_atomic
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 
 FILE_NAME = "sampling.json"
@@ -20,7 +21,7 @@ TELEMETRY_S = (1.0, 86400.0)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """What is in force: frames per second (0: as fast as possible), seconds between telemetry, whether results are sent."""
 
@@ -29,7 +30,7 @@ class Sampling:
     results: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SamplingChange:
     """What was set by command; None: as configured, or in a command: as it was. `reset` forgets what was set before."""
 

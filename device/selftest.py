@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from device.contract.board import PROCESSOR
@@ -32,6 +32,7 @@ from device.contract.errors import (
     NoVerdictError,
     RuntimeMismatchError,
 )
+from device.contract.record import record
 from device.contract.records import from_table
 
 TIMEOUT_S = 120.0
@@ -43,7 +44,7 @@ WARM_UP = 3
 REPEATS = 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SelfTest:
     """What one artifact does on this board. `golden_difference` is relative to the largest golden value."""
 

@@ -13,19 +13,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from device.backbone import Backbone, open_backbone
+from device.beside import Beside
 from device.canary import Canary
 from device.classifier import Answer, Classifier, read_base_head
 from device.contract.board import Budget, Runtime
 from device.contract.bundle import verify_directory
-from device.contract.errors import ArtifactError, DeviceError, EngineError, LearningError, UpdateRefusedError
+from device.contract.errors import (
+    ArtifactError,
+    DeviceError,
+    EngineError,
+    FrameError,
+    LearningError,
+    UpdateRefusedError,
+)
 from device.contract.manifest import Artifact, Manifest
+from device.contract.record import record
+from device.frames import Frame
 from device.golden import check_golden
 from device.journal import Entry
 from device.learned import HEAD_NAME, LearnedStore
@@ -46,7 +56,7 @@ LOAD_PAUSE_S = 0.3
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Model:
     """A loaded artifact with everything that belongs to its features."""
 
@@ -61,7 +71,15 @@ class Model:
     input: np.ndarray  # float32 [1, H, W, C]: the memory that each frame is pre-processed in
 
     @classmethod
-    def load(cls, slots: Slots, slot: str, precision: str, runtime: Runtime) -> Self:
+    def load(
+        cls,
+        slots: Slots,
+        slot: str,
+        precision: str,
+        runtime: Runtime,
+        *,
+        verify: Callable[[Path], Manifest] = verify_directory,
+    ) -> Self:
         """Verify a slot's files against its manifest and load one artifact.
 
         Raises:
@@ -70,27 +88,32 @@ class Model:
         """
         directory = slots.directory(slot)
         try:
-            manifest = verify_directory(directory)
+            manifest = verify(directory)
         except OSError as error:
             kind = ArtifactError if error.errno == errno.EIO else EngineError
             raise kind(f"{directory}: cannot be read ({error}); install the bundle again") from error
         artifact = manifest.artifact(precision)
-        base, spec = read_base_head(directory, manifest, artifact), manifest.input
         store = LearnedStore(slots.root / "state", artifact.backbone, manifest.files[HEAD_NAME].sha256)
-        return cls(
-            slot=slot,
-            directory=directory,
-            manifest=manifest,
-            artifact=artifact,
-            engine=open_backbone(
+        head = Beside("head", lambda: Classifier(read_base_head(directory, manifest, artifact), manifest, store))
+        try:
+            engine = open_backbone(
                 directory,
                 manifest,
                 artifact,
                 threads=runtime.threads,
                 delegate=runtime.delegate,
                 caches=slots.root / CACHES if runtime.weight_cache else None,
-            ),
-            classifier=Classifier(base, manifest, store),
+            )
+        finally:
+            classifier = head.result()  # its equations are solved while LiteRT packs the weights
+        base, spec = classifier.base, manifest.input
+        return cls(
+            slot=slot,
+            directory=directory,
+            manifest=manifest,
+            artifact=artifact,
+            engine=engine,
+            classifier=classifier,
             ring=FeatureRing(runtime.feature_ring, manifest.learning.feature_dim),
             window=Window(base.feature_mean, base.feature_std),
             input=np.empty((1, spec.height, spec.width, spec.channels), np.float32),
@@ -113,7 +136,28 @@ class Model:
         check_golden(self.engine, self.directory, self.manifest.input, self.artifact, self.classifier.base.learner)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What became of one frame: an answer, or the error in place of one."""
+
+    model: Model
+    frame: Frame
+    outcome: tuple[np.ndarray, Answer] | FrameError | EngineError  # features [D] and answer
+    latency_s: float
+
+
+def attempt(model: Model, frame: Frame) -> Attempt:
+    """Classify one frame; called by one thread only."""
+    started = time.perf_counter()
+    outcome: tuple[np.ndarray, Answer] | FrameError | EngineError
+    try:
+        outcome = model.infer(frame.pixels)
+    except (FrameError, EngineError) as error:
+        outcome = error
+    return Attempt(model=model, frame=frame, outcome=outcome, latency_s=time.perf_counter() - started)
+
+
+@record(frozen=True, slots=True, kw_only=True)
 class _Served:
     """A model in service: replaced as a whole, by one assignment."""
 
@@ -135,6 +179,7 @@ class Serving:
         runtime: Runtime,
         *,
         budget: Budget | None = None,
+        verify: Callable[[Path], Manifest] = verify_directory,
         clock: Callable[[], float] = time.monotonic,
         memory: Callable[[], int] = memory_bytes,
     ) -> None:
@@ -144,10 +189,12 @@ class Serving:
             slots: where the models are.
             runtime: threads, soak and canary intervals.
             budget: latency and memory that a model on probation must keep to; None: the self-test's verdict is enough.
+            verify: reads the manifest of a slot that has served before, and checks its files.
             clock: seconds that never jump.
             memory: this process's resident bytes.
         """
         self._slots, self._runtime, self._budget, self._clock, self._memory = slots, runtime, budget, clock, memory
+        self._verify = verify
         self._lock = threading.RLock()
         self._previous: _Served | None = None
         self._served: _Served | None = None
@@ -364,11 +411,14 @@ class Serving:
         """Load a model that has run here before, so what LiteRT has against it now may pass in a moment."""
         for _ in range(LOAD_ATTEMPTS - 1):
             try:
-                return Model.load(self._slots, entry.slot, entry.precision, self._runtime)
+                return self._load_once(entry)
             except EngineError as error:
                 log.warning("slot %s cannot be loaded, trying again: %s", entry.slot, error)
                 time.sleep(LOAD_PAUSE_S)
-        return Model.load(self._slots, entry.slot, entry.precision, self._runtime)
+        return self._load_once(entry)
+
+    def _load_once(self, entry: Entry) -> Model:
+        return Model.load(self._slots, entry.slot, entry.precision, self._runtime, verify=self._verify)
 
     def _prepare(self, model: Model, probation: Probation | None = None) -> _Served:
         base_head = model.classifier.base.learner

@@ -11,7 +11,6 @@ import pwd
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +19,7 @@ from device.config import CONFIG_NAME, AgentConfig, load_config
 from device.contract.board import load_board
 from device.contract.errors import ConfigError, DeviceError
 from device.contract.files import write_atomic
+from device.contract.record import record
 from device.contract.records import from_table
 from device.contract.topics import DeviceId
 from device.unit import STATE, UNIT_NAME, Service, unit_text
@@ -31,7 +31,7 @@ Enrol = Callable[[Path, DeviceId, str], dict[str, Any]]
 """Gets a board its certificate for a token; returns the `[broker]` table that uses it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What was asked for. `broker` is `mqtt://HOST[:PORT]` or `mqtts://…`; a token brings its own.
 
@@ -49,7 +49,7 @@ class Wishes:
     camera: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Step:
     """One thing that was done, was there already, or would be done; `todo` is what is left to whoever reads it."""
 

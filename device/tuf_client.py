@@ -28,7 +28,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from device.contract.errors import ArtifactError, ConfigError, UpdateRefusedError
 from device.contract.parts import MAX_PARTS_BYTES, Parts, parts_name
+from device.contract.record import record
 from device.download import Downloads, Fetched, Wanted
 from device.fetch import DirectoryFetch, Fetch, FetchError, MissingError, Pace
 from device.trusted_time import TrustedTime
@@ -63,7 +63,7 @@ _ADVICE = {
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Offer:
     """What a channel points at."""
 

@@ -17,11 +17,11 @@ Checked with `systemd-analyze verify` and `security --offline=true` by the tests
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from device.config import SOURCE_PREFIX, AgentConfig, resolve_runtime
 from device.contract.board import Board
+from device.contract.record import record
 from device.delegates import is_library
 
 UNIT_NAME = "fieldvit-agent.service"
@@ -35,7 +35,7 @@ DELEGATE_CLASSES = {"edgetpu": ("apex", "usb_device"), "gpu": ("drm",), "vx": ("
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Service:
     """What a unit is made from: data directory, interpreter, and the user to run as ("" lets systemd choose one)."""
 

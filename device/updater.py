@@ -22,7 +22,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +39,7 @@ from device.contract.errors import (
     UpdateRefusedError,
 )
 from device.contract.manifest import Artifact, Manifest
+from device.contract.record import record
 from device.fetch import Pace
 from device.journal import Entry
 from device.migration import Fate, loss_refusal
@@ -81,7 +81,7 @@ class Learned(Protocol):
     def forecast(self, manifest: Manifest, artifact: Artifact) -> Fate: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class _Unfit:
     """The last bundle that was ruled out without a verdict in the journal: it is not copied again at each check."""
 
@@ -90,7 +90,7 @@ class _Unfit:
     learned_version: tuple[str, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Staged:
     """A bundle, by its SHA-256, that lies proven in a slot, and which of its artifacts to serve."""
 
@@ -100,7 +100,7 @@ class Staged:
     test: "SelfTest"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Preview:
     """What would be installed, and what would become of the classes taught here."""
 

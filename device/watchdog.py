@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+from device.contract.record import record
 from device.notify import Notifier
 
 HANG_EXIT_CODE = 12
@@ -27,7 +27,7 @@ FROZEN_S = 60.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Heart:
     """One thread: seconds since its last sign of life, and how many are allowed."""
 

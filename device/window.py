@@ -3,9 +3,9 @@
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from device.contract.errors import ConfigError
+from device.contract.record import record
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 BLIND_EVERY_S = 86400.0
@@ -14,7 +14,7 @@ _FORM = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _DAY_MINUTES = 24 * 60
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Window:
     """From `start` up to `end`, minutes of the day; past midnight where `end` is not later. `days` it opens on, 0 = Monday."""
 

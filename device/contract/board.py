@@ -5,12 +5,12 @@ The profiles are data, one TOML per board in `firmware_configs/`. Each figure in
 
 import re
 import tomllib
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from device.contract.errors import ConfigError
+from device.contract.record import record
 from device.contract.records import from_table
 
 PROFILES = "firmware_configs"
@@ -25,7 +25,7 @@ LIBRARIES = {
 _LIBRARY = re.compile(r"[^\0]+\.(so(\.\d+)*|dylib)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """What the board is, from the vendor's public specification."""
 
@@ -38,7 +38,7 @@ class Hardware:
     os: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Support:
     """What it may run: formats (tflite, coreml), precisions in order of preference among those that are as fast, largest tensor rank.
 
@@ -61,7 +61,7 @@ class Support:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Budget:
     """Limits for one model on this board; the exporter refuses what is over, the agent checks what it measures."""
 
@@ -71,7 +71,7 @@ class Budget:
     soc_temp_celsius: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """The agent's defaults: interpreter threads, delegate, frames kept for learning, spool bounds, telemetry interval, soak.
 
@@ -97,7 +97,7 @@ class Runtime:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Board:
     """One board profile. `sources` says for each group of figures where it is from."""
 

@@ -7,11 +7,12 @@ JSON. Nothing in it is a measured time, so the same recipe on the same machine g
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Any
 
 from device.contract.errors import ArtifactError, SchemaError
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 
 SCHEMA_VERSION, PROJECTOR_SCHEMA = 1, 2
@@ -27,7 +28,7 @@ _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class InputSpec:
     """The image a model takes, after decoding: float32 NHWC, `(value / 255 - mean) / std`."""
 
@@ -50,7 +51,7 @@ class InputSpec:
             raise ArtifactError("input: this version knows bilinear interpolation, layout NHWC and dtype float32 only")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """Size and hash of one file of the bundle."""
 
@@ -58,7 +59,7 @@ class FileEntry:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """One TFLite candidate. `precision` names its keys in `golden.npz` and `head.npz`.
 
@@ -83,7 +84,7 @@ class Artifact:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CoreMLArtifact:
     """The Core ML package: a directory inside the bundle, and its parity as evaluated from the saved program.
 
@@ -97,7 +98,7 @@ class CoreMLArtifact:
     form: str = "float16"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LearningSpec:
     """What the board may learn, and how. `max_drop` is the share of old-class accuracy that an update may cost."""
 
@@ -108,7 +109,7 @@ class LearningSpec:
     shrinkage: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ProjectorEntry:
     """A file that takes what was learned on another backbone to one of this bundle's (`device.learning.projector`).
 
@@ -125,7 +126,7 @@ class ProjectorEntry:
     head_agreement: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything a board must know before it loads a model."""
 

@@ -9,11 +9,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from device.contract.errors import BAD_FRAME_REASONS, MessageError
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 from device.contract.senml import RELATIVE_BELOW, Record, resolve
 from device.contract.topics import DeviceId
@@ -74,7 +75,7 @@ _TIMESTAMP = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ModelState:
     """The model a device serves."""
 
@@ -85,7 +86,7 @@ class ModelState:
     backbone: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class State:
     """Birth (`online`) or last will (`offline`); retained.
 
@@ -114,7 +115,7 @@ class State:
             _time(self.time, "state")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Telemetry:
     """One window of measurements: names of `UNITS` or `class/INDEX` to values."""
 
@@ -124,7 +125,7 @@ class Telemetry:
     values: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that happened, and why."""
 
@@ -135,7 +136,7 @@ class Event:
     data: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Command:
     """An order to one device; it must be answered once, and is void after `expires` (Unix seconds)."""
 
@@ -146,7 +147,7 @@ class Command:
     schema: int = SCHEMA_VERSION
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Reply:
     """The one answer to a command."""
 
@@ -157,7 +158,7 @@ class Reply:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Result:
     """One inference, when the operator turned results on."""
 
@@ -235,15 +236,15 @@ def decode_telemetry(payload: bytes, *, sender: DeviceId | None = None) -> Telem
     records = resolve(_load(payload, "telemetry"))
     prefix = _prefix(records[0].name if records else "", sender)
     by_name: dict[str, Record] = {}
-    for record in records:
-        if not record.name.startswith(prefix):
-            raise MessageError(f"telemetry: record {record.name[:80]!r} is not of {prefix!r}")
-        if record.time != records[0].time:
-            raise MessageError(f"telemetry: record {record.name[:80]!r} has another time than the first")
-        name = record.name.removeprefix(prefix)
+    for item in records:
+        if not item.name.startswith(prefix):
+            raise MessageError(f"telemetry: record {item.name[:80]!r} is not of {prefix!r}")
+        if item.time != records[0].time:
+            raise MessageError(f"telemetry: record {item.name[:80]!r} has another time than the first")
+        name = item.name.removeprefix(prefix)
         if name in by_name:
             raise MessageError(f"telemetry: record {name[:80]!r} is there twice")
-        by_name[name] = record
+        by_name[name] = item
     missing = [name for name in ("boot", "seq", "schema") if name not in by_name]
     if missing:
         raise MessageError(f"telemetry: record {missing[0]!r} is missing")

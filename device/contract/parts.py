@@ -10,10 +10,10 @@ together so must have the signed SHA-256, as if it had been transferred whole; t
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from device.contract.errors import ArtifactError
+from device.contract.record import record
 from device.contract.records import from_table, to_table
 from device.contract.zipped import list_members, read_member
 
@@ -21,7 +21,7 @@ PARTS_SCHEMA = 1
 MAX_PARTS_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Part:
     """One file inside a bundle."""
 
@@ -30,7 +30,7 @@ class Part:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Parts:
     """All files inside a bundle of `bundle_bytes` bytes."""
 

@@ -7,10 +7,10 @@ are ignored, unless their name ends in `_`, which the RFC reserves for what must
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from device.contract.errors import MessageError
+from device.contract.record import record
 
 VERSION = 10
 RELATIVE_BELOW = float(2**28)
@@ -23,7 +23,7 @@ _VALUES = ("v", "vs", "vb", "vd")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-:./_]*")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Record:
     """One resolved record. `time` is Unix seconds, or seconds from now (0 or less) when below `RELATIVE_BELOW`."""
 

@@ -10,11 +10,11 @@ import stat
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from device.contract.errors import ArtifactError
+from device.contract.record import record
 
 _END = struct.Struct("<4s4H2LH")
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -32,7 +32,7 @@ _DAMAGE = (
 """What `zipfile` raises on a damaged file; a flipped bit may claim encryption, compression or bytes beyond the end."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Member:
     """One file of a bundle, and where its bytes lie."""
 

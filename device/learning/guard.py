@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from device.contract.errors import GuardError
+from device.contract.record import record
 from device.learning.slda import SLDA, UNTAUGHT_BIAS
 
 MAX_WEIGHT = 1e6
@@ -70,7 +71,7 @@ class Examples:
         return cls(np.zeros((0, feature_dim), np.float32), np.zeros(0, np.int64))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class GuardFigures:
     """What the guard measured; shares of right answers, 0..1. `old_before` is of the bundle's own head."""
 

@@ -7,17 +7,17 @@ id is `camera/`, a word that is new whenever the camera is opened, and a number.
 import os
 import sys
 import threading
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 
 from device.contract.errors import FrameError
+from device.contract.record import record
 from device.sources.opencv import load_opencv, to_rgb
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CameraMode:
     """What a camera is asked for; 0 leaves it to the driver, which may also give something near instead."""
 
