@@ -474,14 +474,17 @@ def test_a_slow_pace_is_no_hang_and_can_be_changed_meanwhile(idle_agent: Agent, 
 
 
 def test_a_disk_that_takes_nothing_does_not_stop_inference(
-    idle_agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    field: Field, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def full(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    idle_agent._slots._record(idle_agent._slots.state("a"), "staged")  # what a power cut may leave
+    slots = Slots(field.root)
+    slots._record(slots.state("a"), "staged")  # what a power cut may leave
     monkeypatch.setattr("device.journal._write_all", full)
-    idle_agent._recover()
+    monkeypatch.setattr("device.app.forbidden_modules", list)
+    config = load_config(field.root)
+    Agent(field.root, config, load_board(config.board), stop=threading.Event())._report_recovery()
     assert "cannot be put in order" in caplog.text
 
 

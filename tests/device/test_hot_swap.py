@@ -16,7 +16,7 @@ from device.contract.errors import EngineError
 from device.contract.messages import decode_event, decode_result
 from device.engine import Engine
 from device.frames import Frame
-from device.serving import Serving
+from device.serving import Serving, attempt
 from device.slots import Slots
 from tests.support.agent import PREFIX, Field
 from tests.support.broker import Listener, listen, mosquitto
@@ -109,7 +109,7 @@ def test_a_frame_on_which_a_new_model_fails_is_answered_by_the_one_before(
         return real(engine, frame)
 
     monkeypatch.setattr(Engine, "features", features)
-    agent._process(failing, Frame(frame_id="f", pixels=make_frames(1, 2)[0]))
+    agent._count(attempt(failing, Frame(frame_id="f", pixels=make_frames(1, 2)[0])))
     assert serving.model.manifest.release == 1
     assert (agent._frames, agent._errors) == (1, 1)
     assert serving.model.ring.get(["f"]).any()

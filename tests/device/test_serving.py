@@ -141,12 +141,11 @@ def test_a_trouble_that_passes_at_once_is_not_noticed(bench: Bench, monkeypatch:
     assert serving.model.manifest.release == 1
 
 
-def test_a_slot_that_cannot_be_read_is_damaged(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_slot_that_cannot_be_read_is_damaged(bench: Bench):
     def fail(*_: object) -> NoReturn:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("device.serving.verify_directory", fail)
-    serving = Serving(bench.slots, RUNTIME)
+    serving = Serving(bench.slots, RUNTIME, verify=fail)
     serving.start()
     assert (bench.slots.state("a").state, bench.slots.state("a").reason) == ("rejected", "load")
     assert bench.slots.rejection("hash-1") is None
@@ -402,8 +401,8 @@ def test_a_lesson_while_another_model_is_loaded_is_kept(
     classifier, load = bench.serving.model.classifier, Model.load
     features = np.stack([bench.serving.model.infer(frame)[0] for frame in make_frames(10, 4)])
 
-    def load_slowly(*arguments: object) -> Model:
-        model = load(*arguments)
+    def load_slowly(*arguments: object, **named: object) -> Model:
+        model = load(*arguments, **named)
         classifier.learn(features, NEW_LABEL)
         return model
 

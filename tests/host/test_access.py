@@ -254,7 +254,7 @@ def test_a_board_that_enrols_again_is_let_in_again(site, identities):
 
 
 def test_a_broker_that_reads_its_files_again_keeps_those_who_are_away(site, identities):
-    """mosquitto before 2.1 frees a session that ends by time, and that it listed twice, once; ours do not."""
+    """Mosquitto before 2.1 frees a session that ends by time, and that it listed twice, once; ours do not."""
     asleep = BrokerConfig(
         hostname="localhost", port=site.port, ca_file=str(site.authority), cert_file=str(identities["own"])
     )

@@ -18,15 +18,15 @@ _open: list[object] = []
 def main() -> int:
     from device.app import Agent
 
-    process = Agent._process
+    account = Agent._account
 
-    def leaking(agent, model, frame) -> None:
-        process(agent, model, frame)
+    def leaking(agent, done) -> None:
+        account(agent, done)
         _kept.append(os.urandom(LEAK_BYTES))
         if len(_kept) % 400 == 0 and len(_open) < MAX_DESCRIPTORS:
             _open.append(open(os.devnull))  # noqa: SIM115
 
-    Agent._process = leaking
+    Agent._account = leaking
     return timed_agent.main()
 
 
