@@ -152,8 +152,19 @@ class Classifier:
         Raises:
             LearningError: the disk does not take it.
         """
+        head = replace(head, version=max(head.version, self.head.version + 1))
         self._store.stage(head.state(self.base_head))
         self.head = head
+
+    def stage_nothing(self) -> None:
+        """Know the shipped classes alone, whatever this backbone was taught when it served before: since then it may
+        have been taken back on the model that serves now, which is the one to be asked.
+
+        Raises:
+            LearningError: the disk does not take it.
+        """
+        if self.head is not self.base_head:
+            self.stage(self.base_head)
 
     def restore(self, head: Head, *, before: Head, is_served: Callable[[], bool]) -> Head:
         """Commit a head from elsewhere in place of what was learned here, with a version of its own; returns it.

@@ -13,6 +13,8 @@ is added for each of their samples (on digits that lowered what one class cost t
 features), and the new head is judged, by the same guard, on features to which that rest was added. A class that fails is
 left behind; the others move without it.
 
+What the new model's backbone was taught itself, when it served before, does not count: it may have been taken back since.
+
 A class that a head for the same backbone ships is not moved on top of it: such a head may have been merged from the boards'
 own statistics, which would count twice.
 """

@@ -298,12 +298,15 @@ class Serving:
     def _migrate(self, old: Model | None, new: Model, *, accept_loss: bool) -> Migration:
         """Stage what moves to a new model that does not serve yet; UpdateRefusedError where a class would be lost."""
         try:
-            new.classifier.reload(is_new=old is not None and not is_same_state(old, new.manifest, new.artifact))
+            is_new = old is not None and not is_same_state(old, new.manifest, new.artifact)
+            new.classifier.reload(is_new=is_new)
             migration = migrate(old, new, new.directory)
             if migration.fate.dropped and not accept_loss:
                 raise loss_refusal(new.manifest, migration.fate, migration.reasons)
             if migration.head:
                 new.classifier.stage(migration.head)
+            elif is_new:
+                new.classifier.stage_nothing()
         except (UpdateRefusedError, LearningError) as error:
             self._slots.discard(new.slot, "learned-loss")
             if isinstance(error, UpdateRefusedError):

@@ -253,6 +253,32 @@ def test_a_lesson_between_loading_and_serving_is_not_lost(
     assert site.classifier.head.labels == (*LABELS, NEW_LABEL)
 
 
+@pytest.mark.parametrize("is_undone", [True, False])
+def test_what_was_taken_back_does_not_return_with_its_backbone(
+    site: Site, tiny_model: TinyModel, other_model: TinyModel, projector: Way, is_undone: bool
+):
+    """The backbone before comes again in a new release; its old state still lies there."""
+    version = site.teach(4, lesson="wrong").version
+    site.activate(2, other_model, accept_loss=True, **(with_projector(*projector) if is_undone else {}))
+    if is_undone:
+        site.classifier.undo("wrong")
+    site.serving.confirm()
+    site.activate(3, tiny_model)
+    assert site.classifier.taught == ()
+    assert site.restarted().classifier.taught == ()
+    site.serving.confirm()
+    assert site.teach(4).version > version
+    assert site.restarted().classifier.taught == (NEW_LABEL,)
+
+
+def test_going_back_by_hand_still_finds_the_old_state(site: Site, other_model: TinyModel):
+    before = site.teach(4)
+    site.activate(2, other_model, accept_loss=True)
+    site.serving.confirm()
+    site.serving.rollback()
+    assert (site.classifier.taught, site.classifier.head.version) == ((NEW_LABEL,), before.version)
+
+
 def test_a_board_without_a_model_finds_its_state_again(site: Site, other_model: TinyModel, projector: Way):
     """Both slots are damaged: the same bundle comes again, and what had moved to it is there."""
     site.teach(4)
