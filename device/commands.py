@@ -2,7 +2,7 @@
 
 learn         {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...], "backbone": SHA256?}
 undo          {"lesson": ID?}        the command id of a lesson; without it, the last one
-update        {"source": "dir:PATH"?, "force": bool?, "accept_loss": bool?, "dry_run": bool?}
+update        {"source": "dir:PATH"?, "channel": C?, "force": bool?, "accept_loss": bool?, "dry_run": bool?}
 rollback      {}
 set-sampling  {"max_fps": F?, "telemetry_interval_s": S?, "results": bool?, "reset": bool?}
 snapshot      {}                     only where agent.toml says snapshot = true
@@ -30,6 +30,7 @@ from device.contract.errors import DeviceError, MessageError, one_line
 from device.contract.messages import MAX_PAYLOAD_BYTES, Command, Reply, decode_command, encode_reply
 from device.contract.record import record
 from device.contract.records import from_table
+from device.contract.topics import is_id
 from device.sampling import SamplingChange
 from device.spool import Spool
 
@@ -69,15 +70,21 @@ class UpdateArguments:
 
     Attributes:
         source: None: the configured one.
+        channel: None: the configured one. It counts for this update only.
         force: try a bundle again that was rejected here before.
         accept_loss: take it also where classes taught here would be dropped.
         dry_run: install nothing, say what is offered and what would become of the taught classes.
     """
 
     source: str | None = None
+    channel: str | None = None
     force: bool = False
     accept_loss: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channel is not None and not is_id(self.channel):
+            raise MessageError(f"update: channel {self.channel!r:.100} is no name; use letters, digits, - and _")
 
 
 @record(frozen=True, slots=True, kw_only=True)

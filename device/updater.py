@@ -140,12 +140,19 @@ class Updater:
         self._unfit: _Unfit | None = None
 
     def stage(
-        self, source: Path | str, *, force: bool = False, is_asked: bool = True, accept_loss: bool = False
+        self,
+        source: Path | str,
+        *,
+        channel: str | None = None,
+        force: bool = False,
+        is_asked: bool = True,
+        accept_loss: bool = False,
     ) -> Staged | None:
         """Bring the channel's bundle into the spare slot and prove it there.
 
         Args:
             source: a repository's directory or URL.
+            channel: of the source; None: the configured one.
             force: try a bundle again that was rejected here before.
             is_asked: somebody wants it now; else the maintenance window decides, unless there is no model at all.
             accept_loss: also where classes taught here would be dropped.
@@ -162,13 +169,19 @@ class Updater:
             log.debug("no look for an update now: outside of update.window")
             return None
         try:
-            return self._stage(source, force=force, is_free=is_free, accept_loss=self.accepts(accept_loss=accept_loss))
+            return self._stage(
+                source,
+                channel or self._config.channel,
+                force=force,
+                is_free=is_free,
+                accept_loss=self.accepts(accept_loss=accept_loss),
+            )
         except OSError as error:
             raise UpdateRefusedError(
                 "disk", f"{self._root}: cannot be written ({error}); make room, or check the disk"
             ) from error
 
-    def preview(self, source: Path | str, *, force: bool = False) -> Preview | None:
+    def preview(self, source: Path | str, *, channel: str | None = None, force: bool = False) -> Preview | None:
         """What the channel offers, and what would become of the classes taught here; None when it is served already.
 
         The bundle is fetched and stays in ROOT/downloads for the install. Its artifacts are not tested, and what the guard
@@ -177,7 +190,7 @@ class Updater:
         Raises:
             UpdateRefusedError: it would be refused anyway.
         """
-        found = self._fetch(source, force=force, is_free=True, accept_loss=True)
+        found = self._fetch(source, channel or self._config.channel, force=force, is_free=True, accept_loss=True)
         if found is None:
             return None
         offer, bundle = found
@@ -193,8 +206,10 @@ class Updater:
         version = self._learned.learned_version if self._learned else ("", 0)
         self._unfit = _Unfit(sha256=bundle, refusal=refusal, learned_version=version)
 
-    def _stage(self, source: Path | str, *, force: bool, is_free: bool, accept_loss: bool) -> Staged | None:
-        found = self._fetch(source, force=force, is_free=is_free, accept_loss=accept_loss)
+    def _stage(
+        self, source: Path | str, channel: str, *, force: bool, is_free: bool, accept_loss: bool
+    ) -> Staged | None:
+        found = self._fetch(source, channel, force=force, is_free=is_free, accept_loss=accept_loss)
         if found is None:
             return None
         offer, bundle = found
@@ -213,7 +228,7 @@ class Updater:
         return accept_loss or self._config.update.on_learned_loss == DROP
 
     def _fetch(
-        self, source: Path | str, *, force: bool, is_free: bool, accept_loss: bool
+        self, source: Path | str, channel: str, *, force: bool, is_free: bool, accept_loss: bool
     ) -> "tuple[Offer, Path] | None":
         """What the channel offers and its verified file; None when it is served already."""
         from device.tuf_client import UpdateSource, open_source  # here: 0.1 s at every start of the agent otherwise
@@ -223,7 +238,7 @@ class Updater:
         ca_file = self._root / config.ca_file if config.ca_file else None
         with closing(open_source(source, ca_file=ca_file)) as fetch:
             update_source = UpdateSource(fetch, self._root, time=self._time, pace=pace)
-            offer = update_source.offer(self._config.channel)
+            offer = update_source.offer(channel)
             if not self._is_wanted(offer, force=force, accept_loss=accept_loss):
                 return None
             return offer, self._download(update_source, offer)

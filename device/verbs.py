@@ -96,7 +96,8 @@ class Verbs:
         source = resolve_source(arguments.source or self._source, self._root)
         if arguments.dry_run:
             with self._installing:
-                return preview_table(self._updater.preview(source, force=arguments.force))
+                preview = self._updater.preview(source, channel=arguments.channel, force=arguments.force)
+                return preview_table(preview)
         return self._install(source, arguments, is_asked=True)
 
     def _install(self, source: Path | str, arguments: UpdateArguments, *, is_asked: bool) -> dict[str, Any]:
@@ -107,6 +108,7 @@ class Verbs:
                     self._updater,
                     self._serving,
                     source,
+                    channel=arguments.channel,
                     force=arguments.force,
                     is_asked=is_asked,
                     accept_loss=arguments.accept_loss,
@@ -240,11 +242,12 @@ def install(
     source: Path | str,
     *,
     force: bool,
+    channel: str | None = None,
     is_asked: bool = True,
     accept_loss: bool = False,
 ) -> Migration | None:
     """Stage what the source offers and serve it on probation; None when there is nothing to do."""
-    staged = updater.stage(source, force=force, is_asked=is_asked, accept_loss=accept_loss)
+    staged = updater.stage(source, channel=channel, force=force, is_asked=is_asked, accept_loss=accept_loss)
     if staged is None:
         return None
     try:

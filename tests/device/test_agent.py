@@ -224,8 +224,10 @@ def test_commands_update_refuse_and_roll_back(field: Field, broker_port):
     field.configure(port=broker_port)
     with listen(broker_port, PREFIX) as listener, field.agent():
         listener.wait_for("event", is_event("confirmed"))
-        field.publish(2)
-        listener.send(command("update", "u2"))
+        field.publish(2, channel="canary")
+        listener.send(command("update", "u1", channel="../canary"))
+        assert "is no name" in decode_reply(listener.wait_for("reply", answers("u1"))).error
+        listener.send(command("update", "u2", channel="canary"))
         reply = decode_reply(listener.wait_for("reply", answers("u2")))
         assert reply.ok, reply.error
         assert (reply.result["state"], reply.result["slot"], reply.result["version"]) == ("testing", "b", "2.0.0")

@@ -61,7 +61,7 @@ def serve(field: Field, release: int) -> Slots:
     return slots
 
 
-def reason_of(field: Field, work: Updater, **keywords: bool) -> str:
+def reason_of(field: Field, work: Updater, **keywords: bool | str) -> str:
     with pytest.raises(UpdateRefusedError) as refused:
         work.stage(field.directory / "repo", **keywords)
     assert "\n" not in str(refused.value)
@@ -229,6 +229,21 @@ def test_the_served_release_is_up_to_date_and_older_ones_are_refused(field: Fiel
     field.configure(top='channel = "old"')
     work, _ = updater(field)
     assert reason_of(field, work) == "rollback"
+
+
+def test_another_channel_is_for_one_update(field: Field):
+    """So a few boards can take a release before the channel offers it to all."""
+    serve(field, 1)
+    field.publish(2, channel="canary")
+    work, slots = updater(field)
+    assert work.stage(field.directory / "repo") is None
+    assert work.preview(field.directory / "repo", channel="canary").manifest.release == 2
+    staged = work.stage(field.directory / "repo", channel="canary")
+    slots.begin_testing(staged.slot, staged.test.precision)
+    slots.confirm(staged.slot)
+    assert slots.serving().release == 2
+    assert reason_of(field, work) == "rollback"
+    assert reason_of(field, work, channel="nobody") == "no-channel"
 
 
 def test_a_model_in_testing_is_not_disturbed(field: Field):
