@@ -31,7 +31,8 @@ from device.contract.errors import (
 from device.selftest import SelfTest, run_in_child
 from device.slots import Slots
 from device.updater import Updater, candidates, fastest
-from tests.support.agent import REPO_ROOT, Field
+from tests.support.agent import REPO_ROOT, Field, wait_for
+from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import bundle_files, make_manifest, write_zip, wrong_golden
 
 BOARD = load_board("generic-x86-64")
@@ -73,7 +74,7 @@ def test_a_real_child_process_passes_the_tiny_model(field: Field):
     staged = work.stage(field.directory / "repo")
     assert (staged.slot, staged.test.precision) == ("a", "int8")  # as fast as the other: the profile's order decides
     assert staged.test.golden_difference < 1e-4
-    assert 10 < staged.test.peak_memory_mb < 300
+    assert 10 < staged.test.peak_memory_mb < (300 if PATIENCE == 1 else 1000)  # an emulator's own memory counts too
     assert slots.state("a").state == "staged"
     assert not list((field.root / "downloads").iterdir())
 
@@ -332,23 +333,25 @@ def test_noise_before_the_report_is_skipped(fake_python: Callable[[str], None]):
 
 
 def test_stop_ends_the_child(field: Field, fake_python: Callable[[str], None]):
-    fake_python(f"echo $$ >{field.directory}/pid; exec sleep 60")
+    pid, stopped = field.directory / "pid", []
+    fake_python(f"echo $$ >{pid}; exec sleep 60")
     stop = threading.Event()
     slots = Slots(field.root)
     work = Updater(field.root, load_config(field.root), BOARD, slots, stop=stop)
     groups: list[int] = []
 
     def end() -> None:
-        groups.append(os.getpgid(int((field.directory / "pid").read_text())))
+        wait_for(lambda: pid.exists() and pid.read_text().endswith("\n"))
+        groups.append(os.getpgid(int(pid.read_text())))
+        stopped.append(time.monotonic())
         stop.set()
 
-    threading.Timer(0.5, end).start()
-    started = time.monotonic()
+    threading.Thread(target=end).start()
     assert reason_of(field, work) == "interrupted"
+    assert time.monotonic() - stopped[0] < 5 * PATIENCE
     assert groups != [os.getpgrp()]  # a signal to our group does not reach it
-    assert time.monotonic() - started < 5
     assert slots.state("a").state == "empty"
-    assert not is_alive(int((field.directory / "pid").read_text()))
+    assert not is_alive(int(pid.read_text()))
 
 
 def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path):
