@@ -23,6 +23,7 @@ from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
+from host.rollout.verbs import ROLLOUTS, rollout_app
 from host.table import print_table as _print_table
 
 if TYPE_CHECKING:
@@ -324,8 +325,9 @@ def monitor(
     site: Annotated[
         Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
     ] = None,
+    rollouts: Annotated[Path, typer.Option(help="Where rollouts are kept, which are carried on here.")] = ROLLOUTS,
 ) -> None:
-    """Ingest what boards report and serve the page that shows it; starts a broker if none is given."""
+    """Ingest what boards report, carry rollouts on, and serve the page that shows it; starts a broker if none is given."""
     from host.monitor.app import MonitorConfig, run_monitor
 
     is_url = "://" in broker
@@ -340,6 +342,7 @@ def monitor(
         http_hostname=host,
         http_port=port,
         ready_file=ready_file,
+        rollouts=rollouts,
     )
     run_monitor(
         config,
@@ -414,6 +417,7 @@ def boards(as_json: JsonOption = False) -> None:
 
 
 app.add_typer(fleet_app, name="fleet")
+app.add_typer(rollout_app, name="rollout")
 
 models_app = typer.Typer(help="List the models, or draw one.", epilog="Example: fieldvit models --json")
 app.add_typer(models_app, name="models")

@@ -144,6 +144,19 @@ class Commander:
             with self._lock:
                 del self._waiting[key]
 
+    def order(self, device: DeviceId, command: Command) -> None:
+        """Send a command without waiting for its reply; BrokerError when the broker does not take it.
+
+        Sending one again is harmless: a device obeys an id once.
+        """
+        sent = self._client.publish(device.topic("command"), encode_command(command), qos=1)
+        try:
+            sent.wait_for_publish(self._connect_timeout_s)
+        except (RuntimeError, ValueError) as error:
+            raise self._unreachable("the connection was lost") from error
+        if not sent.is_published():
+            raise self._unreachable("it did not take a command in time")
+
     def _subscribe(self, topic: str, deadline: float) -> None:
         granted = threading.Event()
         with self._lock:  # the answer may arrive before `subscribe` returns its packet id

@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from host.errors import MonitorError
+from host.fleet.commands import Commander
 from host.monitor.broker import (
     DEFAULT_PORT,
     KINDS,
@@ -21,10 +23,12 @@ from host.monitor.broker import (
 )
 from host.monitor.hub import Hub
 from host.monitor.ingest import Ingest
-from host.monitor.store import open_store
+from host.monitor.store import Store, open_store
 from host.monitor.web import LOOPBACK, create_app, serve_page
+from host.rollout.engine import Engine, Order
 
 CHECK_S = 0.5
+STOP_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class MonitorConfig:
     http_hostname: str = "127.0.0.1"
     http_port: int = 8080
     ready_file: Path | None = None
+    rollouts: Path = Path("rollouts")
 
     def __post_init__(self) -> None:
         if self.broker_kind not in KINDS:
@@ -88,6 +93,7 @@ def run_monitor(
         allowed_hosts = LOOPBACK if config.http_hostname in LOOPBACK else ("*",)
         app = create_app(store, hub, is_connected=lambda: ingest.is_connected, allowed_hosts=allowed_hosts)
         page = stack.enter_context(serve_page(app, hub, hostname=config.http_hostname, port=config.http_port))
+        stack.enter_context(_rollouts(config, store, running.address))
         ready = Ready(broker=running.address, broker_kind=running.kind, page=page)
         stack.enter_context(_ready_file(config.ready_file, ready))
         on_ready(ready)
@@ -109,6 +115,32 @@ def _broker(config: MonitorConfig) -> Iterator[RunningBroker]:
     sessions = config.store.with_name(config.store.name + "-broker")
     with start_broker(config.broker_kind, config.broker_hostname, config.broker_port, directory=sessions) as running:
         yield running
+
+
+@contextmanager
+def _rollouts(config: MonitorConfig, store: Store, address: BrokerAddress) -> Iterator[None]:
+    """Carry rollouts on while the block runs."""
+    engine, stop = Engine(config.rollouts, store, partial(_send, config.site, address)), threading.Event()
+    thread = threading.Thread(target=engine.run, args=(stop,), name="rollouts", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=STOP_S)
+
+
+def _send(site: Path | None, address: BrokerAddress, orders: Iterable[Order]) -> None:
+    """Give commands to the broker; at a site as its operator, for its monitor may not."""
+    from host.fleet.site import hold_identity  # a monitor without sites needs no authority
+
+    if site is not None:
+        address = site_broker(site, "operator")
+    login = {"username": address.username, "password": address.password, "tls": address.tls}
+    alone = hold_identity(site, "operator") if site is not None else nullcontext()
+    with alone, Commander(address.hostname, address.port, **login) as commander:
+        for device, command in orders:
+            commander.order(device, command)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from typing import Any
 
-from device.contract.messages import Event, State
+from device.contract.messages import Event, Reply, State
 from device.contract.records import from_table
 from device.contract.topics import DeviceId
 from host.monitor.rows import DeviceRow, EventRow, Gap, Quarantined, Series
@@ -80,6 +80,11 @@ class SqliteQueries:
             *(device.site, device.device, limit),
         )
         return [EventRow(event=_event(row), received=row["received"]) for row in rows]
+
+    def reply(self, device: DeviceId, command: str) -> Reply | None:
+        where = f"device_id = {_OF_DEVICE} AND command = ?"
+        rows = self._fetch(f"SELECT body FROM reply WHERE {where}", device.site, device.device, command)
+        return from_table(Reply, json.loads(rows[0]["body"]), where=f"stored reply of {device}") if rows else None
 
     def gaps(self, device: DeviceId, *, limit: int = 100) -> list[Gap]:
         rows = self._fetch(
