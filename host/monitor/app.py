@@ -91,7 +91,13 @@ def run_monitor(
         ingest.start()
         stack.callback(ingest.stop)
         allowed_hosts = LOOPBACK if config.http_hostname in LOOPBACK else ("*",)
-        app = create_app(store, hub, is_connected=lambda: ingest.is_connected, allowed_hosts=allowed_hosts)
+        app = create_app(
+            store,
+            hub,
+            rollouts=config.rollouts,
+            is_connected=lambda: ingest.is_connected,
+            allowed_hosts=allowed_hosts,
+        )
         page = stack.enter_context(serve_page(app, hub, hostname=config.http_hostname, port=config.http_port))
         stack.enter_context(_rollouts(config, store, running.address))
         ready = Ready(broker=running.address, broker_kind=running.kind, page=page)

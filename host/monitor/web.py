@@ -30,6 +30,7 @@ from device.contract.topics import DeviceId
 from host.errors import MonitorError
 from host.monitor.broker import bind_port
 from host.monitor.hub import Hub
+from host.monitor.rollouts_view import rollouts_view
 from host.monitor.store import Store
 from host.monitor.views import device_view, fleet_view, metrics_text, quarantined_view, series_view
 
@@ -52,12 +53,13 @@ def create_app(
     store: Store,
     hub: Hub,
     *,
+    rollouts: Path = Path("rollouts"),
     is_connected: Callable[[], bool] = lambda: True,
     allowed_hosts: tuple[str, ...] = LOOPBACK,
     clock: Callable[[], float] = time.time,
 ) -> Starlette:
-    """Build the application; `allowed_hosts` are the names it answers to, ("*",) for any."""
-    routes = _Routes(store, hub, is_connected, clock)
+    """Build the application; `allowed_hosts` are the names it answers to, ("*",) for any; `rollouts` is their directory."""
+    routes = _Routes(store, hub, rollouts, is_connected, clock)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -68,10 +70,12 @@ def create_app(
         routes=[
             Route("/", routes.fleet_page),
             Route("/device/{site}/{device}", routes.device_page),
+            Route("/rollouts", routes.rollouts_page),
             Route("/api/devices", routes.devices),
             Route("/api/devices/{site}/{device}", routes.device),
             Route("/api/devices/{site}/{device}/series", routes.series),
             Route("/api/quarantine", routes.quarantine),
+            Route("/api/rollouts", routes.rollouts),
             Route("/events", routes.events),
             Route("/metrics", routes.metrics),
             Route("/healthz", routes.healthz),
@@ -110,8 +114,16 @@ def serve_page(app: Starlette, hub: Hub, *, hostname: str = "127.0.0.1", port: i
 class _Routes:
     """Store calls are short but blocking: Starlette runs these plain functions in its thread pool."""
 
-    def __init__(self, store: Store, hub: Hub, is_connected: Callable[[], bool], clock: Callable[[], float]) -> None:
-        self._store, self._hub, self._is_connected, self._clock = store, hub, is_connected, clock
+    def __init__(
+        self, store: Store, hub: Hub, rollouts: Path, is_connected: Callable[[], bool], clock: Callable[[], float]
+    ) -> None:
+        self._store, self._hub, self._rollouts, self._is_connected, self._clock = (
+            store,
+            hub,
+            rollouts,
+            is_connected,
+            clock,
+        )
 
     def fleet_page(self, request: Request) -> Response:
         return _page("fleet.html")
@@ -120,6 +132,12 @@ class _Routes:
         device = _device_of(request)
         is_known = device is not None and self._store.device(device) is not None
         return _page("device.html", status_code=200 if is_known else 404)
+
+    def rollouts_page(self, request: Request) -> Response:
+        return _page("rollouts.html")
+
+    def rollouts(self, request: Request) -> Response:
+        return _json({"now": self._clock(), "rollouts": rollouts_view(self._rollouts)})
 
     def devices(self, request: Request) -> Response:
         return _json(fleet_view(self._store, now=self._clock(), is_connected=self._is_connected()))

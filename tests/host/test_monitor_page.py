@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from device.contract.messages import Event, ModelState, State, Telemetry, encode_event, encode_state, encode_telemetry
 from device.contract.topics import DeviceId
 from host.monitor.app import MonitorConfig, Ready, run_monitor
+from host.rollout.journal import Entry, Journal
+from host.rollout.plan import Plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -27,7 +30,9 @@ Publish = Callable[[str, bytes], None]
 @pytest.fixture(scope="module")
 def monitor(tmp_path_factory) -> Iterator[Ready]:
     stop, has_started, ready = threading.Event(), threading.Event(), []
-    config = MonitorConfig(store=tmp_path_factory.mktemp("monitor") / "s.sqlite", broker_port=0, http_port=0)
+    folder = tmp_path_factory.mktemp("monitor")
+    begin_rollout(folder / "rollouts")
+    config = MonitorConfig(store=folder / "s.sqlite", broker_port=0, http_port=0, rollouts=folder / "rollouts")
 
     def on_ready(where: Ready) -> None:
         ready.append(where)
@@ -39,6 +44,20 @@ def monitor(tmp_path_factory) -> Iterator[Ready]:
     yield ready[0]
     stop.set()
     thread.join(timeout=10)
+
+
+def begin_rollout(root: Path) -> None:
+    """One that goes badly, by what its boards say."""
+    now = time.time()
+    plan = Plan(id="leaves-2", channel="canary", name="leaves", version="2.0.0", release=2, created=now, only=("x/*",))
+    journal = Journal.create(root, plan)
+    for number, kind in enumerate(("confirmed", "done", "failed", "reverted")):
+        detail = HOSTILE if kind == "failed" else ""
+        journal.append(Entry(time=now, kind="asked", device=f"x/cam-{number}", command="c.1", expires=now + 60))
+        journal.append(
+            Entry(time=now, kind=kind, device=f"x/cam-{number}", reason="health" * bool(detail), detail=detail)
+        )
+    journal.append(Entry(time=now, kind="paused", reason="3 of 4 boards are done", by="ada"))
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +164,18 @@ def test_what_devices_say_stays_text(page, monitor):
     page.locator("#classes").get_by_role("rowheader", name=HOSTILE).wait_for()
     assert page.locator("main img[src=x]").count() == 0
     assert page.title() == "greenhouse/cam-1 · Online · FieldViT"
+
+
+def test_the_rollouts_page_says_how_far_it_is_and_why(page, monitor):
+    page.goto(monitor.page)
+    page.get_by_role("link", name="Rollouts").click()
+    card = page.locator("[data-rollout='leaves-2']")
+    card.get_by_text("1 do well, 1 watched, 1 failed, 1 back").wait_for()
+    assert "4 boards told" in card.inner_text()
+    card.get_by_text("Aborted").first.wait_for(timeout=8000)  # the engine found that one of four is too many
+    assert card.get_by_text(HOSTILE).count() >= 1
+    assert page.locator("main img[src=x]").count() == 0
+    card.get_by_role("link", name="x/cam-2").first.wait_for()
 
 
 def test_a_device_not_heard_of_says_so(browser, monitor):
