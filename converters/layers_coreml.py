@@ -171,6 +171,8 @@ def _repeated(reference: Any, twin: Any, operation: Any, runs: Sequence[dict[str
         return None
     if any(source.name not in runs[0] for source in sources.values()):
         return None
+    if any(tuple(source.shape) != tuple(twin.inputs[key].shape) for key, source in sources.items()):
+        return None  # of the same name by chance
     results = [reference.run_alone(twin, {key: run[source.name] for key, source in sources.items()})[0] for run in runs]
     return np.stack(results)
 

@@ -91,6 +91,7 @@ def test_commands_to_boards_carry_what_their_verbs_take():
         from_table(ARGUMENTS[verb], arguments, where="README.md")
 
 
+@pytest.mark.slow
 def test_commands_by_hand_run_in_their_order(tmp_path):
     try:
         device = find_device_python(None)

@@ -87,6 +87,7 @@ def test_package_holds_nothing_else(package):
     }
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(package, rebuilt):
     assert files_of(package) == files_of(rebuilt / "model.mlpackage")
 

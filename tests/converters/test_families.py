@@ -38,7 +38,7 @@ shows that trained ones do not."""
 TRAINED_IN_HALF = ("mobilevitv2/field-32", "mobileformer/field-32")
 
 QUICK_IN_TFLITE = ("efficientformer/field-32", "ninformer/field-32")
-QUICK_IN_COREML = tuple(name for name in SMALL if name != "mobileformer/field-64")
+QUICK_IN_COREML = ("efficientformer/field-32", "nextvit/field-64", "deit/field-32", "gcab/field-32")
 
 
 def both_sizes(*quick: str) -> pytest.MarkDecorator:

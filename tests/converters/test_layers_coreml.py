@@ -47,7 +47,9 @@ def test_a_sound_package_does_not_depart(package, reference_package, traced, ima
     assert 0 < max(known) < 0.02
 
 
-@pytest.mark.parametrize("form", ["w8", "w8a8", "palette6"])
+@pytest.mark.parametrize(
+    "form", [pytest.param("w8", marks=pytest.mark.slow), "w8a8", pytest.param("palette6", marks=pytest.mark.slow)]
+)
 def test_a_sound_quantized_package_does_not_depart(forms, reference_package, traced, images, form):
     report = compare(forms[form], reference_package, traced, images[:2], form)
     assert report.first_departed is None
@@ -70,7 +72,9 @@ def scaled_head(model: nn.Module) -> str:
     return "head"
 
 
-@pytest.mark.parametrize("break_one", [swapped_entries, dropped_bias, scaled_head])
+@pytest.mark.parametrize(
+    "break_one", [swapped_entries, *(pytest.param(b, marks=pytest.mark.slow) for b in (dropped_bias, scaled_head))]
+)
 def test_the_broken_layer_is_named(model, reference_package, traced, images, tmp_path, break_one: Break):
     broken = copy.deepcopy(model)
     with torch.no_grad():

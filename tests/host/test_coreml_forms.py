@@ -48,6 +48,7 @@ def test_every_form_answers_as_float16_does_and_is_no_larger(package, tmp_path):
         assert total_bytes(paths[form]) < total_bytes(paths["float16"])
 
 
+@pytest.mark.slow
 def test_a_form_that_costs_too_much_is_refused(package, tmp_path):
     images = make_images(8)
     path = write_package(package, "w8", tmp_path / "model.mlpackage")

@@ -120,6 +120,7 @@ def test_same_seed_gives_the_same_weights_bit_for_bit(digits):
     assert not is_same(one, fit(digits, EVERYTHING, seed=1)[0])
 
 
+@pytest.mark.slow
 def test_loading_processes_change_nothing(digits):
     config = replace(PLAIN, epochs=2, batch_size=16, crop="resized", flip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
     assert is_same(fit(digits, config)[0], fit(digits, replace(config, workers=2))[0])
@@ -389,6 +390,7 @@ def run_processes(count: int, out: Path, **environment: str) -> subprocess.Compl
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_batch(tmp_path):
     for count in (1, 2):
         done = run_processes(count, tmp_path / f"{count}.pt")

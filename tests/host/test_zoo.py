@@ -103,6 +103,7 @@ def test_weights_without_training_are_those_of_the_checkpoint(zoo, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], half, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_one_command_takes_a_checkpoint_to_a_board(zoo, tmp_path, capsys):
     places = [f"--{name}={tmp_path / name}" for name in ("runs", "repo", "keys")]
     target = f"dir:{tmp_path / 'board'}"
