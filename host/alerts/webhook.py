@@ -52,6 +52,7 @@ def post(url: str, notice: Notice, *, token_file: Path | None = None) -> None:
         with _OPENER.open(urllib.request.Request(url, data=body, headers=headers), timeout=TIMEOUT_S):
             pass
     except urllib.error.HTTPError as error:
+        error.close()
         raise MonitorError(f"alerts: the webhook answered {error.code}; it is tried again") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
