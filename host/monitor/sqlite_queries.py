@@ -81,6 +81,18 @@ class SqliteQueries:
         )
         return [EventRow(event=_event(row), received=row["received"]) for row in rows]
 
+    def events_since(self, received: float) -> list[tuple[DeviceId, EventRow]]:
+        rows = self._fetch(
+            "SELECT message.*, boot.boot, site, device.device FROM message JOIN boot ON boot.id = message.boot_id"
+            " JOIN device ON device.id = message.device_id"
+            " WHERE kind != 'telemetry' AND message.received >= ? ORDER BY message.received",
+            received,
+        )
+        return [
+            (DeviceId(row["site"], row["device"]), EventRow(event=_event(row), received=row["received"]))
+            for row in rows
+        ]
+
     def reply(self, device: DeviceId, command: str) -> Reply | None:
         where = f"device_id = {_OF_DEVICE} AND command = ?"
         rows = self._fetch(f"SELECT body FROM reply WHERE {where}", device.site, device.device, command)

@@ -64,6 +64,9 @@ class Store(Protocol):
     def events(self, device: DeviceId, *, limit: int = 100) -> list[EventRow]:
         """Newest first."""
 
+    def events_since(self, received: float) -> list[tuple[DeviceId, EventRow]]:
+        """What arrived from all devices since then, in order of arrival."""
+
     def reply(self, device: DeviceId, command: str) -> Reply | None:
         """A device's answer to the command of that id, if it came and is still kept."""
 

@@ -1,5 +1,6 @@
 """Alerts: what holds, what is told of it, how often, and to whom."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.contract.messages import Event
+from device.contract.messages import Event, State
 from device.contract.topics import DeviceId
 from host.alerts.conditions import Expiry, conditions
 from host.alerts.rules import DEFAULT, AlertConfig, Rule, load_alerts
+from host.alerts.service import AlertService
 from host.alerts.tracker import BEGUN, CALM_S, OVER, Notice, Tracker
 from host.alerts.webhook import cloud_event, post
 from host.errors import MonitorError
 from host.monitor.rows import DeviceRow, EventRow
+from host.monitor.store import open_store
 
 NOW = 1_000_000.0
 AWAY = Rule(name="away", when="offline", for_s=600)
@@ -232,3 +235,106 @@ def test_a_webhook_that_is_not_there(tmp_path: Path):
         post("http://127.0.0.1:1/x", NOTICE)
     with pytest.raises(MonitorError, match="its first line is the token"):
         post("http://127.0.0.1:1/x", NOTICE, token_file=tmp_path / "none")
+
+
+# the service
+
+
+class Fleet:
+    """A store with boards, and what a webhook got."""
+
+    def __init__(self, directory: Path, hook: Hook, rules: str) -> None:
+        self.now, self.hook, self.directory = NOW, hook, directory
+        self.store = open_store(directory / "store.db")
+        (directory / "alerts.toml").write_text(f'webhook = "{hook.url}"\n{rules}')
+        self.service = self.new_service()
+
+    def new_service(self) -> AlertService:
+        config = load_alerts(self.directory / "alerts.toml")
+        return AlertService(self.store, config, self.directory / "alerts.json", clock=lambda: self.now)
+
+    def go_on(self, seconds: float) -> None:
+        for _ in range(int(seconds / 5)):
+            self.now += 5
+            with contextlib.suppress(MonitorError):
+                self.service.step()
+
+    def be_born(self, name: str) -> None:
+        self.store.record_state(DeviceId("lab", name), State(status="online", boot="b"), received=self.now)
+
+    def say(self, name: str, kind: str, sequence: int, **data: str) -> None:
+        event = Event(kind=kind, boot="b", sequence=sequence, time=0.0, data=data)
+        self.store.record_event(DeviceId("lab", name), event, received=self.now)
+
+    @property
+    def told(self) -> list[tuple[str, str, int]]:
+        events = [json.loads(body) for _, body in self.hook.got]
+        return [(e["type"].rpartition(".")[2], e["data"]["rule"], e["data"]["count"]) for e in events]
+
+
+RULES = (
+    '[[rule]]\nname = "away"\nwhen = "offline"\nfor_s = 60\n'
+    '[[rule]]\nname = "back"\nwhen = "event"\nevents = ["rolled-back"]\nfor_s = 600\n'
+)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, hook: Hook) -> Iterator[Fleet]:
+    fleet = Fleet(tmp_path, hook, RULES)
+    yield fleet
+    fleet.store.close()
+
+
+def test_a_board_that_falls_silent_and_one_that_takes_a_model_back(fleet: Fleet):
+    fleet.be_born("a")
+    fleet.be_born("b")
+    fleet.go_on(30)
+    assert fleet.told == []
+    fleet.say("b", "rolled-back", 1, reason="budget")
+    fleet.go_on(10)
+    assert fleet.told == [("firing", "back", 1)]
+    fleet.go_on(400)
+    assert fleet.told[1:] == [("firing", "away", 1)] * 2  # b spoke half a minute later
+    assert {(row["rule"], row["board"]) for row in fleet.service.view()["firing"]} == {
+        ("away", "lab/a"),
+        ("away", "lab/b"),
+        ("back", "lab/b"),
+    }
+    assert fleet.service.firing() == {"away": 2, "back": 1}
+    fleet.be_born("a")
+    fleet.go_on(120)
+    assert fleet.told[3:] == [("resolved", "away", 1)]
+    fleet.go_on(600)
+    assert sorted(fleet.told[4:]) == [("firing", "away", 1), ("resolved", "back", 1)]  # a is silent again
+
+
+def test_a_restart_tells_nothing_twice(fleet: Fleet):
+    fleet.be_born("a")
+    fleet.say("a", "rolled-back", 1)
+    fleet.go_on(500)
+    before = fleet.told
+    fleet.service = fleet.new_service()
+    fleet.go_on(50)
+    assert fleet.told == before != []
+    assert [notice["rule"] for notice in fleet.service.view()["notices"]] == ["away", "back"]
+
+
+def test_a_webhook_that_was_away_hears_of_it_later_and_is_not_pressed(fleet: Fleet):
+    fleet.hook.code = 503
+    fleet.say("a", "rolled-back", 1)
+    fleet.go_on(300)
+    assert 3 <= len(fleet.told) <= 8
+    fleet.hook.code = 204
+    fleet.hook.got.clear()
+    fleet.go_on(300)
+    assert ("firing", "back", 1) in fleet.told
+
+
+def test_a_damaged_state_is_said_and_begun_anew(fleet: Fleet, caplog: pytest.LogCaptureFixture):
+    fleet.be_born("a")
+    fleet.go_on(500)
+    (fleet.directory / "alerts.json").write_text("{")
+    fleet.service = fleet.new_service()
+    assert "what fires is told anew" in caplog.text
+    fleet.go_on(100)
+    assert fleet.told == [("firing", "away", 1)] * 2
