@@ -326,6 +326,9 @@ def monitor(
         Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
     ] = None,
     rollouts: Annotated[Path, typer.Option(help="Where rollouts are kept, which are carried on here.")] = ROLLOUTS,
+    alerts: Annotated[
+        Path | None, typer.Option(help="Rules for alerts, TOML, as host/alerts/rules.py shows; without, ours.")
+    ] = None,
 ) -> None:
     """Ingest what boards report, carry rollouts on, and serve the page that shows it; starts a broker if none is given."""
     from host.monitor.app import MonitorConfig, run_monitor
@@ -343,6 +346,7 @@ def monitor(
         http_port=port,
         ready_file=ready_file,
         rollouts=rollouts,
+        alerts=alerts,
     )
     run_monitor(
         config,

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from host.alerts.conditions import Expiry
+from host.alerts.rules import load_alerts
+from host.alerts.service import AlertService
 from host.errors import MonitorError
 from host.fleet.commands import Commander
 from host.monitor.broker import (
@@ -50,6 +53,7 @@ class MonitorConfig:
     http_port: int = 8080
     ready_file: Path | None = None
     rollouts: Path = Path("rollouts")
+    alerts: Path | None = None
 
     def __post_init__(self) -> None:
         if self.broker_kind not in KINDS:
@@ -91,15 +95,19 @@ def run_monitor(
         ingest.start()
         stack.callback(ingest.stop)
         allowed_hosts = LOOPBACK if config.http_hostname in LOOPBACK else ("*",)
+        alerts = _alert_service(config, store)
         app = create_app(
             store,
             hub,
             rollouts=config.rollouts,
+            alerts=alerts,
             is_connected=lambda: ingest.is_connected,
             allowed_hosts=allowed_hosts,
         )
         page = stack.enter_context(serve_page(app, hub, hostname=config.http_hostname, port=config.http_port))
-        stack.enter_context(_rollouts(config, store, running.address))
+        engine = Engine(config.rollouts, store, partial(_send, config.site, running.address))
+        stack.enter_context(_beside("rollouts", engine.run))
+        stack.enter_context(_beside("alerts", alerts.run))
         ready = Ready(broker=running.address, broker_kind=running.kind, page=page)
         stack.enter_context(_ready_file(config.ready_file, ready))
         on_ready(ready)
@@ -123,11 +131,33 @@ def _broker(config: MonitorConfig) -> Iterator[RunningBroker]:
         yield running
 
 
+def _alert_service(config: MonitorConfig, store: Store) -> AlertService:
+    return AlertService(
+        store,
+        load_alerts(config.alerts),
+        config.store.with_name(config.store.name + "-alerts.json"),
+        folder=config.alerts.parent if config.alerts else Path(),
+        expiries=partial(_certificates, config.site) if config.site else tuple,
+    )
+
+
+def _certificates(directory: Path) -> list[Expiry]:
+    """When those of a site's boards and of its broker end."""
+    from host.fleet.site import Site  # a monitor without sites needs no authority
+
+    site = Site(directory)
+    newest: dict[str, float] = {"broker": site.broker_certificate.expires.timestamp()}
+    for row in site.certificates():
+        if row["revoked"] is None:
+            newest[row["name"]] = max(row["expires"], newest.get(row["name"], 0.0))
+    return [Expiry(owner=name, expires=expires) for name, expires in newest.items()]
+
+
 @contextmanager
-def _rollouts(config: MonitorConfig, store: Store, address: BrokerAddress) -> Iterator[None]:
-    """Carry rollouts on while the block runs."""
-    engine, stop = Engine(config.rollouts, store, partial(_send, config.site, address)), threading.Event()
-    thread = threading.Thread(target=engine.run, args=(stop,), name="rollouts", daemon=True)
+def _beside(name: str, run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run it in a thread of its own while the block runs."""
+    stop = threading.Event()
+    thread = threading.Thread(target=run, args=(stop,), name=name, daemon=True)
     thread.start()
     try:
         yield

@@ -104,6 +104,13 @@ def metrics_text(store: Store, *, now: float, is_connected: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def alerts_text(firing: dict[str, int]) -> str:
+    """How many boards each rule fires for; rule names hold nothing to escape."""
+    lines = ["# TYPE fieldvit_alert_boards gauge"]
+    lines += [f'fieldvit_alert_boards{{alertname="{name}"}} {count}' for name, count in firing.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _metric(metric: str, kind: str, rows: list[DeviceRow], value: Any) -> list[str]:
     samples = [(row.device, value(row)) for row in rows]
     return [f"# TYPE {metric} {kind}"] + [

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from device.contract.errors import MessageError
 from device.contract.topics import DeviceId
+from host.alerts.service import AlertService
 from host.errors import MonitorError
 from host.monitor.broker import bind_port
 from host.monitor.hub import Hub
 from host.monitor.rollouts_view import rollouts_view
 from host.monitor.store import Store
-from host.monitor.views import device_view, fleet_view, metrics_text, quarantined_view, series_view
+from host.monitor.views import alerts_text, device_view, fleet_view, metrics_text, quarantined_view, series_view
 
 START_TIMEOUT_S = 10
 STOP_TIMEOUT_S = 2
@@ -54,12 +56,15 @@ def create_app(
     hub: Hub,
     *,
     rollouts: Path = Path("rollouts"),
+    alerts: AlertService | None = None,
     is_connected: Callable[[], bool] = lambda: True,
     allowed_hosts: tuple[str, ...] = LOOPBACK,
     clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """Build the application; `allowed_hosts` are the names it answers to, ("*",) for any; `rollouts` is their directory."""
-    routes = _Routes(store, hub, rollouts, is_connected, clock)
+    routes = _Routes(
+        store=store, hub=hub, rollouts_root=rollouts, alert_service=alerts, is_connected=is_connected, clock=clock
+    )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -71,11 +76,13 @@ def create_app(
             Route("/", routes.fleet_page),
             Route("/device/{site}/{device}", routes.device_page),
             Route("/rollouts", routes.rollouts_page),
+            Route("/alerts", routes.alerts_page),
             Route("/api/devices", routes.devices),
             Route("/api/devices/{site}/{device}", routes.device),
             Route("/api/devices/{site}/{device}/series", routes.series),
             Route("/api/quarantine", routes.quarantine),
             Route("/api/rollouts", routes.rollouts),
+            Route("/api/alerts", routes.alerts),
             Route("/events", routes.events),
             Route("/metrics", routes.metrics),
             Route("/healthz", routes.healthz),
@@ -111,60 +118,65 @@ def serve_page(app: Starlette, hub: Hub, *, hostname: str = "127.0.0.1", port: i
         bound.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Routes:
     """Store calls are short but blocking: Starlette runs these plain functions in its thread pool."""
 
-    def __init__(
-        self, store: Store, hub: Hub, rollouts: Path, is_connected: Callable[[], bool], clock: Callable[[], float]
-    ) -> None:
-        self._store, self._hub, self._rollouts, self._is_connected, self._clock = (
-            store,
-            hub,
-            rollouts,
-            is_connected,
-            clock,
-        )
+    store: Store
+    hub: Hub
+    rollouts_root: Path
+    alert_service: AlertService | None
+    is_connected: Callable[[], bool]
+    clock: Callable[[], float]
 
     def fleet_page(self, request: Request) -> Response:
         return _page("fleet.html")
 
     def device_page(self, request: Request) -> Response:
         device = _device_of(request)
-        is_known = device is not None and self._store.device(device) is not None
+        is_known = device is not None and self.store.device(device) is not None
         return _page("device.html", status_code=200 if is_known else 404)
 
     def rollouts_page(self, request: Request) -> Response:
         return _page("rollouts.html")
 
     def rollouts(self, request: Request) -> Response:
-        return _json({"now": self._clock(), "rollouts": rollouts_view(self._rollouts)})
+        return _json({"now": self.clock(), "rollouts": rollouts_view(self.rollouts_root)})
+
+    def alerts_page(self, request: Request) -> Response:
+        return _page("alerts.html")
+
+    def alerts(self, request: Request) -> Response:
+        shown = self.alert_service.view() if self.alert_service else {"firing": [], "notices": [], "severities": {}}
+        return _json({"now": self.clock(), **shown})
 
     def devices(self, request: Request) -> Response:
-        return _json(fleet_view(self._store, now=self._clock(), is_connected=self._is_connected()))
+        return _json(fleet_view(self.store, now=self.clock(), is_connected=self.is_connected()))
 
     def device(self, request: Request) -> Response:
         device = _device_of(request)
-        return _json(device and device_view(self._store, device, now=self._clock()))
+        return _json(device and device_view(self.store, device, now=self.clock()))
 
     def series(self, request: Request) -> Response:
         device = _device_of(request)
         seconds = request.query_params.get("seconds", "3600")
         if not (seconds.isascii() and seconds.isdecimal() and 0 < int(seconds[:9]) <= MAX_SERIES_S):
             return _json({"error": f"seconds must be 1..{MAX_SERIES_S}"}, status_code=400)
-        return _json(device and series_view(self._store, device, seconds=int(seconds[:9]), now=self._clock()))
+        return _json(device and series_view(self.store, device, seconds=int(seconds[:9]), now=self.clock()))
 
     def quarantine(self, request: Request) -> Response:
-        return _json({"quarantine": [quarantined_view(row) for row in self._store.quarantined()]})
+        return _json({"quarantine": [quarantined_view(row) for row in self.store.quarantined()]})
 
     async def events(self, request: Request) -> Response:
-        return EventSourceResponse(self._hub.stream(), ping=15)
+        return EventSourceResponse(self.hub.stream(), ping=15)
 
     def metrics(self, request: Request) -> Response:
-        text = metrics_text(self._store, now=self._clock(), is_connected=self._is_connected())
+        text = metrics_text(self.store, now=self.clock(), is_connected=self.is_connected())
+        text += alerts_text(self.alert_service.firing() if self.alert_service else {})
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def healthz(self, request: Request) -> Response:
-        if self._is_connected():
+        if self.is_connected():
             return PlainTextResponse("ok\n")
         return PlainTextResponse("no connection to the broker\n", status_code=503)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,6 +20,8 @@ from host.alerts.service import AlertService
 from host.alerts.tracker import BEGUN, CALM_S, OVER, Notice, Tracker
 from host.alerts.webhook import cloud_event, post
 from host.errors import MonitorError
+from host.fleet.site import SiteSettings, create_site
+from host.monitor.app import _certificates
 from host.monitor.rows import DeviceRow, EventRow
 from host.monitor.store import open_store
 
@@ -338,3 +341,13 @@ def test_a_damaged_state_is_said_and_begun_anew(fleet: Fleet, caplog: pytest.Log
     assert "what fires is told anew" in caplog.text
     fleet.go_on(100)
     assert fleet.told == [("firing", "away", 1)] * 2
+
+
+def test_a_site_s_certificates_are_watched(tmp_path: Path):
+    site = create_site(tmp_path / "sites" / "lab", SiteSettings(site="lab", broker_hostname="localhost"))
+    now = time.time()
+    found = {item.owner: item.expires - now for item in _certificates(site.directory)}
+    assert {"broker", "@monitor", "@operator"} <= set(found)
+    assert all(seconds > 30 * 86400 for seconds in found.values())
+    rule = Rule(name="certificate", when="certificate", above=10_000)
+    assert len(conditions([rule], [], (), _certificates(site.directory), now=now)) == len(found)

@@ -178,6 +178,13 @@ def test_the_rollouts_page_says_how_far_it_is_and_why(page, monitor):
     card.get_by_role("link", name="x/cam-2").first.wait_for()
 
 
+def test_the_alerts_page_says_what_fires_and_what_was_told(page, monitor):
+    page.goto(monitor.page + "rollouts")
+    page.get_by_role("link", name="Alerts").click()
+    page.get_by_text("Nothing fires.").or_(page.get_by_text("took-a-model-back").first).first.wait_for()
+    assert "rules: board-away, took-a-model-back" in page.locator("#rules").inner_text()
+
+
 def test_a_device_not_heard_of_says_so(browser, monitor):
     page = browser.new_page()
     page.goto(monitor.page + "device/greenhouse/none")
