@@ -236,16 +236,19 @@ class SimulatedDevice:
             self._start(self._show_results())
 
     async def _speak(self, first_s: float) -> None:
-        due = self._loop.time() + first_s
+        """Report window after window. One that nobody disturbed has its planned length: a busy machine changes no figures."""
+        due, planned_s = self._loop.time() + first_s, first_s
         while True:
             self._is_sampling_new.clear()
+            interval_s = self._sampling.telemetry_interval_s
             try:
                 async with asyncio.timeout_at(due):
                     await self._is_sampling_new.wait()
-                due = min(due, self._loop.time() + self._sampling.telemetry_interval_s)
+                due, planned_s = min(due, self._loop.time() + self._sampling.telemetry_interval_s), 0.0
             except TimeoutError:
-                due = self._loop.time() + self._sampling.telemetry_interval_s
-                self._report_window()
+                due = self._loop.time() + interval_s
+                self._report_window(planned_s)
+                planned_s = interval_s
 
     async def _show_results(self) -> None:
         """One inference result for each frame, while that is asked for."""
@@ -259,13 +262,13 @@ class SimulatedDevice:
             )
             self._connection.publish_result(encode_result(result))
 
-    def _report_window(self) -> None:
-        """Send the telemetry of a window, and the events that follow from it."""
+    def _report_window(self, planned_s: float = 0.0) -> None:
+        """Send the telemetry of a window of the planned length (0: as long as it was), and the events that follow from it."""
         now, drifts_at_s = self._loop.time(), self._plan.drifts_at_s
         is_elsewhere = drifts_at_s is not None and now >= self._world.started + drifts_at_s
         condition = Condition(
             frames_per_s=self._frames.frames_per_s,
-            elapsed_s=max(now - self._window_since, 1e-3),
+            elapsed_s=planned_s or max(now - self._window_since, 1e-3),
             shift=1.0 if is_elsewhere else 0.0,
             effect=self._models.effect,
         )

@@ -72,7 +72,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(OPERATIONS, max_size=25))
 def test_the_spool_holds_and_drops_what_the_agents_does(operations: list[tuple[str, int, int]]):
     clock = Clock()
@@ -128,7 +128,7 @@ def _encode(command: Command) -> bytes:
         return b'{"id": "inf", "verb": "status", "expires": 1e999, "schema": 1}'
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(PAYLOADS, max_size=6))
 def test_a_command_is_refused_or_taken_as_by_the_agent(payloads: list[bytes]):
     with tempfile.TemporaryDirectory() as directory:
