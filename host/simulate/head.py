@@ -61,8 +61,6 @@ class Head:
             raise LearningError(
                 f"label {label!r}: use 1 to {MAX_LABEL_CHARACTERS} printable characters without outer blanks"
             )
-        if lesson.examples > MAX_EXAMPLES:
-            raise LearningError(f"features must be 1 to {MAX_EXAMPLES} rows, got {lesson.examples}")
         if label not in self.labels and len(self.labels) >= self.release.max_classes:
             raise LearningError(
                 f"{label!r} would be class {len(self.labels) + 1}, this model may learn {self.release.max_classes}"
@@ -70,6 +68,17 @@ class Head:
         lessons = (*self.lessons, lesson)
         old = tuple(dict.fromkeys((*self.settled, *(kept.label for kept in lessons[:-MAX_LESSONS]))))
         return self._next(settled=old, lessons=lessons[-MAX_LESSONS:])
+
+    def require_fit(self, features: tuple[tuple[float, ...], ...]) -> None:
+        """Raise LearningError unless these are features [n, D] of this model."""
+        widths = {len(row) for row in features}
+        if len(widths) != 1:
+            raise LearningError("features: rows have different lengths")
+        width, dim = widths.pop(), self.release.feature_dim
+        if width != dim or len(features) > MAX_EXAMPLES:
+            raise LearningError(
+                f"features must be 1 to {MAX_EXAMPLES} rows of {dim}, got shape {[len(features), width]}"
+            )
 
     def undo(self, lesson: str) -> tuple[Self, Lesson]:
         """The head without a lesson (its id; "" for the last one), and that lesson; LearningError where there is none."""

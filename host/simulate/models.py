@@ -145,6 +145,8 @@ class Models:
                     raise LearningError(
                         f"frame {frame_id!r} is not among the last frames; send a newer frame or its features"
                     )
+            if arguments.features:
+                self.head.require_fit(arguments.features)
             head = self.head.learn(lesson)
         except LearningError as error:
             self._event("error", reason="learn", detail=one_line(error))

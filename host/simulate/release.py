@@ -21,6 +21,7 @@ class Release:
     labels: tuple[str, ...]
     boards: tuple[str, ...]
     max_classes: int
+    feature_dim: int
     head: str
     artifacts: tuple[tuple[str, str], ...]
     ways: frozenset[tuple[str, str]] = frozenset()
@@ -36,6 +37,7 @@ class Release:
             labels=manifest.labels,
             boards=manifest.boards,
             max_classes=manifest.learning.max_classes,
+            feature_dim=manifest.learning.feature_dim,
             head=manifest.files[HEAD_NAME].sha256 if HEAD_NAME in manifest.files else "",
             artifacts=tuple(map(_named, manifest.artifacts)),
             ways=frozenset((way.from_backbone, way.to_backbone) for way in manifest.projectors),
@@ -64,6 +66,7 @@ def first_release(board: str, precision: str) -> Release:
         labels=DIGITS,
         boards=(board,),
         max_classes=2 * len(DIGITS),
+        feature_dim=64,
         head="",
         artifacts=((precision, "0" * 64),),
     )

@@ -41,7 +41,7 @@ EVERY_FAULT = (
     "bad-model=0.3:2:errors",
 )
 VERBS = {
-    "learn": {"label": "c", "features": [[0.0, 1.0]]},
+    "learn": {"label": "c", "features": [[0.0, 1.0, 0.0, 0.5]]},
     "status": {},
     "diagnostics": {},
     "rebirth": {},
@@ -193,19 +193,22 @@ def test_a_lesson_by_frame_changes_birth_and_can_be_undone(tmp_path: Path, broke
 
 
 def test_two_runs_of_one_seed_measure_the_same(tmp_path: Path, broker: BrokerAddress):
-    windows = []
-    for run in range(2):
-        directory = tmp_path / str(run)
-        directory.mkdir()
-        config = SimulationConfig(
-            devices=3, interval_s=0.3, duration_s=1.1, seed=5, site=f"run-{run}", faults=(parse_fault("drift=0.5"),)
-        )
-        with watching(broker, directory) as watched:
-            totals = run_simulation(config, broker=str(broker))["totals"]
-            wait_until(lambda: watched.count() >= totals["acknowledged"])
-            windows.append([[measured(body) for body in watched.windows(f"sim-{n}")[:3]] for n in (1, 2, 3)])
-    assert windows[0] == windows[1]
-    assert all(len(of_board) == 3 for of_board in windows[0])
+    runs = []
+    for site in ("first", "second"):
+        faults = (parse_fault("drift=0.5"),)
+        config = SimulationConfig(devices=3, interval_s=0.3, duration_s=1.1, seed=5, site=site, faults=faults)
+        runs.append(windows_of(config, broker, tmp_path / site))
+    assert runs[0] == runs[1]
+    assert all(len(of_board) == 3 for of_board in runs[0])
+
+
+def windows_of(config: SimulationConfig, broker: BrokerAddress, directory: Path) -> list[list[dict[str, float]]]:
+    """The first three windows of each board, as they are stored."""
+    directory.mkdir()
+    with watching(broker, directory) as watched:
+        totals = run_simulation(config, broker=str(broker))["totals"]
+        wait_until(lambda: watched.count() >= totals["acknowledged"])
+        return [[measured(body) for body in watched.windows(f"sim-{n}")[:3]] for n in (1, 2, 3)]
 
 
 def measured(body: str) -> dict[str, float]:

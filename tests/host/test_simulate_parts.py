@@ -230,6 +230,9 @@ def test_lessons_are_learned_taken_back_and_counted_on():
     for label in ("", " x", "y\n"):
         with pytest.raises(LearningError, match="printable characters"):
             head.learn(Lesson(id="3", label=label, examples=1))
+    for features, reason in (((1.0, 2.0), (1.0,)), "different lengths"), (((1.0,),), r"rows of 64, got shape \[1, 1\]"):
+        with pytest.raises(LearningError, match=reason):
+            head.require_fit(features)
     for number in range(30):
         taught = taught.learn(Lesson(id=f"n{number}", label=f"class {number % 9}", examples=1))
     assert len(taught.lessons) == 20
@@ -248,6 +251,7 @@ def release(backbone: str, labels: tuple[str, ...], *, way_from: str = "") -> Re
         labels=labels,
         boards=("generic-x86-64",),
         max_classes=9,
+        feature_dim=4,
         head=backbone,
         artifacts=(("int8", backbone),),
         ways=ways,
