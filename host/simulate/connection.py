@@ -66,7 +66,7 @@ class Connection:
             kind: device.topic(kind) for kind in ("state", "telemetry", "event", "result", "command", "reply")
         }
         self._link: Link | None = None
-        self._is_reachable, self._is_woken = asyncio.Event(), asyncio.Event()
+        self._is_reachable, self._is_woken, self._is_answer_new = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._is_reachable.set()
         self._begin()
 
@@ -83,15 +83,14 @@ class Connection:
     def is_connected(self) -> bool:
         return self._link is not None
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether all that was said has been acknowledged."""
-        return self._link is not None and not (self._flight or self._spool.depth or self._is_birth_due)
+    async def settle(self, *, or_unheard: bool) -> None:
+        """Wait until all that was said has been acknowledged, or until it is known that nobody subscribes to it."""
+        while not (self._is_idle() or (or_unheard and self._link is not None and self._is_scout_waiting)):
+            self._is_answer_new.clear()
+            await self._is_answer_new.wait()
 
-    @property
-    def is_unheard(self) -> bool:
-        """Whether there is a connection, but nobody subscribes to what this board has to say."""
-        return self._link is not None and self._is_scout_waiting
+    def _is_idle(self) -> bool:
+        return self._link is not None and not (self._flight or self._spool.depth or self._is_birth_due)
 
     async def run(self) -> None:
         """Connect, and connect again, until cancelled."""
@@ -150,7 +149,8 @@ class Connection:
         self._send_in_order()
 
     async def leave(self) -> None:
-        """Say goodbye, where there is a connection."""
+        """Say goodbye, where there is a connection, and do not come back."""
+        self._is_reachable.clear()
         link = self._link
         if link is None:
             return
@@ -207,6 +207,7 @@ class Connection:
             self._link.refusal = f"the broker refused a message ({reason}); check its access rules"
             self._link.cut()
         self.pump()
+        self._is_answer_new.set()
 
     def _wait_for_a_listener(self) -> None:
         """Keep what nobody heard, and begin again with the oldest after a while."""

@@ -37,7 +37,6 @@ DRIFT_ALARM = 1.0
 SMALL_SPOOL_BYTES = 4096
 """Of a board whose spool overflows: a few telemetry messages."""
 MEMORY_SHARE = 0.3
-IDLE_CHECK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +158,7 @@ class SimulatedDevice:
         self._set_link(has_link=True, has_power=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
-                while not (self._connection.is_idle or self._connection.is_unheard):
-                    await asyncio.sleep(IDLE_CHECK_S)
+                await self._connection.settle(or_unheard=True)
         await self._connection.leave()
 
     def _begin_boot(self) -> None:
@@ -197,8 +195,7 @@ class SimulatedDevice:
     async def _suffer_outage(self, moment_s: float) -> None:
         """Lose the link at a moment when all was acknowledged, so that what is dropped was never sent."""
         await self._until(moment_s)
-        while not self._connection.is_idle:
-            await asyncio.sleep(IDLE_CHECK_S)
+        await self._connection.settle(or_unheard=False)
         self._set_link(has_link=False)
         await asyncio.sleep(OUTAGE_WINDOWS * self._sampling.telemetry_interval_s)
         self._set_link(has_link=True)

@@ -65,7 +65,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._broker, self._protocol, self._listener = broker, protocol, listener
         self._socket: Any = None
-        self._is_cut_due = self._is_dead = False
+        self._is_cut_due = self._is_dead = self._is_watched = False
         self.refusal = ""
         self.closed = asyncio.Event()
         self._answered = asyncio.Event()
@@ -75,12 +75,8 @@ class Link:
         self._client.on_connect, self._client.on_disconnect = self._on_connect, self._on_disconnect
         self._client.on_publish, self._client.on_message = self._on_publish, self._on_message
         self._client.on_socket_open, self._client.on_socket_close = self._on_socket_open, self._on_socket_close
-        self._client.on_socket_register_write = lambda _client, _data, opened: self._in_loop(
-            self._loop.add_writer, opened.fileno(), self._write
-        )
-        self._client.on_socket_unregister_write = lambda _client, _data, opened: self._in_loop(
-            self._loop.remove_writer, opened.fileno()
-        )
+        self._client.on_socket_register_write = lambda *_: self._in_loop(self._loop.call_soon, self._write)
+        self._client.on_socket_unregister_write = lambda _client, _data, opened: self._in_loop(self._unwatch, opened)
 
     async def open(self) -> None:
         """Connect and log in; OSError says why not."""
@@ -164,9 +160,20 @@ class Link:
             self._client.loop_read()
 
     def _write(self) -> None:
+        """Write at once; the socket is watched only where it does not take all of it."""
         self._client.loop_write()
-        if self._is_cut_due and not self._client.want_write():
+        if self._socket is None:
+            return
+        if self._client.want_write():
+            self._is_watched = True
+            self._loop.add_writer(self._socket.fileno(), self._write)
+        elif self._is_cut_due:
             self.cut()
+
+    def _unwatch(self, opened: Any) -> None:
+        if self._is_watched:
+            self._is_watched = False
+            self._loop.remove_writer(opened.fileno())
 
     def _on_connect(
         self, _client: paho.Client, _data: object, _flags: object, reason: ReasonCode, properties: Properties | None

@@ -282,6 +282,7 @@ def test_ctrl_c_ends_two_processes_in_good_order_with_one_report(tmp_path: Path,
         assert [row.status for row in watched.store.devices()] == ["offline"] * 4
     assert json.loads(said) == {name: value for name, value in report.items() if name != "boards"}
     assert report["totals"]["waiting"] == 0
+    assert report["totals"]["connections"] == report["totals"]["births"] == 4
     assert "Traceback" not in wrote
 
 
