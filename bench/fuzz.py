@@ -94,7 +94,8 @@ Parts = tuple[Callable[[], bytes], Check]
 @contextmanager
 def fuzz_commands(directory: Path, rng: random.Random) -> Iterator[Parts]:
     """The agent's receiver with its spool and workers; handlers only note what they are given."""
-    from device.commands import ARGUMENTS, Commands
+    from device.commands import Commands
+    from device.contract.commands import ARGUMENTS
     from device.contract.messages import VERBS, decode_reply
     from device.spool import COMMANDS_KEPT, Spool
 

@@ -16,6 +16,7 @@ from device.ask import Asked
 from device.commands import Commands, Handler
 from device.config import AgentConfig, BrokerConfig, resolve_runtime
 from device.contract.board import Board
+from device.contract.commands import SamplingChange
 from device.contract.errors import ConfigError, DeviceError, EngineError, FrameError, one_line
 from device.contract.files import write_atomic
 from device.contract.messages import Result, encode_result
@@ -29,7 +30,7 @@ from device.modules import forbidden_modules
 from device.notify import Supervisor
 from device.opening import START_S, Opening
 from device.reporter import Reporter, agent_version
-from device.sampling import Sampling, SamplingChange, SamplingStore
+from device.sampling import Sampling, SamplingStore
 from device.serving import Attempt, Model, attempt
 from device.slots import NAMES
 from device.snapshot import take_snapshot

@@ -1,23 +1,11 @@
 """Commands over MQTT: each is checked, remembered before it is acknowledged, obeyed in a worker, and answered once.
 
-learn         {"label": L, "frame_ids": [...]} or {"label": L, "features": [[...], ...], "backbone": SHA256?}
-undo          {"lesson": ID?}        the command id of a lesson; without it, the last one
-update        {"source": "dir:PATH"?, "channel": C?, "force": bool?, "accept_loss": bool?, "dry_run": bool?}
-rollback      {}
-set-sampling  {"max_fps": F?, "telemetry_interval_s": S?, "results": bool?, "reset": bool?}
-snapshot      {}                     only where agent.toml says snapshot = true
-rebirth       {}                     the retained state is published again
-diagnostics   {}
-status        {}
+`device/contract/commands.py` has what each takes. A shell on this board (`device.ask`) may give them too, and alone
+`restore {"accept_loss": bool?}`.
 
-restore       {"accept_loss": bool?} only from a shell on this board (`device.ask`), which may give the others too
-
-A payload that cannot be read is answered too: under its id where that can be read, else under `unreadable-` and the
-beginning of its SHA-256. Each id is answered once, whatever comes under it later, also after a restart.
+Each id is answered once, whatever comes under it later, also after a restart.
 """
 
-import hashlib
-import json
 import logging
 import queue
 import threading
@@ -26,16 +14,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from device.contract.commands import ARGUMENTS, answerable_id, read_command
 from device.contract.errors import DeviceError, MessageError, one_line
-from device.contract.messages import MAX_PAYLOAD_BYTES, Command, Reply, decode_command, encode_reply
+from device.contract.messages import MAX_PAYLOAD_BYTES, Command, Reply, encode_reply
 from device.contract.record import record
 from device.contract.records import from_table
-from device.contract.topics import is_id
-from device.sampling import SamplingChange
 from device.spool import Spool
 
 MAX_QUEUED = 100
-MAX_ID_CHARACTERS = 128
 MAX_ERROR_CHARACTERS = 1000
 REMEMBERED_S = 86400.0
 """How long a payload without a readable expiry is remembered, unless too many come."""
@@ -48,75 +34,12 @@ DeviceError."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
-class LearnArguments:
-    """One label, and the examples of it: frames still in the ring, or features [n, D].
-
-    `backbone` is whose features they are, where the sender knows; another one's are refused.
-    """
-
-    label: str
-    frame_ids: tuple[str, ...] = ()
-    features: tuple[tuple[float, ...], ...] = ()
-    backbone: str | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.frame_ids) == bool(self.features):
-            raise MessageError("learn: give either frame_ids or features")
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class UpdateArguments:
-    """Where to look, instead of the configured source, and what to do with what is there.
-
-    Attributes:
-        source: None: the configured one.
-        channel: None: the configured one. It counts for this update only.
-        force: try a bundle again that was rejected here before.
-        accept_loss: take it also where classes taught here would be dropped.
-        dry_run: install nothing, say what is offered and what would become of the taught classes.
-    """
-
-    source: str | None = None
-    channel: str | None = None
-    force: bool = False
-    accept_loss: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.channel is not None and not is_id(self.channel):
-            raise MessageError(f"update: channel {self.channel!r:.100} is no name; use letters, digits, - and _")
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class UndoArguments:
-    """Which lesson to take back, by the id of its command; None: the last one."""
-
-    lesson: str | None = None
-
-
-@record(frozen=True, slots=True, kw_only=True)
 class RestoreArguments:
     """A backup of learned state lies beside the request; may it replace classes that it does not have?"""
 
     accept_loss: bool = False
 
 
-@record(frozen=True, slots=True, kw_only=True)
-class NoArguments:
-    """For verbs that take none."""
-
-
-ARGUMENTS: dict[str, type[Any]] = {
-    "learn": LearnArguments,
-    "undo": UndoArguments,
-    "update": UpdateArguments,
-    "rollback": NoArguments,
-    "set-sampling": SamplingChange,
-    "snapshot": NoArguments,
-    "rebirth": NoArguments,
-    "diagnostics": NoArguments,
-    "status": NoArguments,
-}
 LOCAL_ARGUMENTS: dict[str, type[Any]] = ARGUMENTS | {"restore": RestoreArguments}
 """Of what a shell on this board may ask for."""
 
@@ -166,9 +89,7 @@ class Commands:
     def receive(self, payload: bytes) -> None:
         """Take one command. When this returns, it is remembered on the disk, so the broker may forget it."""
         try:
-            command = decode_command(payload)
-            if not is_command_id(command.id):
-                raise MessageError(f"its id must have 1 to {MAX_ID_CHARACTERS} printable ASCII characters")
+            command = read_command(payload)
         except MessageError as error:
             self._refuse_unreadable(payload, error)
             return
@@ -227,7 +148,7 @@ class Commands:
     def _refuse_unreadable(self, payload: bytes, error: MessageError) -> None:
         """Answer a payload that breaks the contract, under its own id where that can be read."""
         log.warning("command refused: %s", one_line(error)[:MAX_ERROR_CHARACTERS])
-        command_id = _readable_id(payload) or f"unreadable-{hashlib.sha256(payload).hexdigest()[:32]}"
+        command_id = answerable_id(payload)
         if self._spool.receive_command(command_id, self._clock() + REMEMBERED_S):
             self._answer(Reply(id=command_id, ok=False, error=one_line(error)))
 
@@ -249,20 +170,6 @@ def _encode(reply: Reply) -> bytes:
     log.error("the result of command %s cannot be sent: %s", reply.id, problem)
     done = f"it was done, but its result cannot be sent ({problem})" if reply.ok else "its error cannot be sent"
     return encode_reply(Reply(id=reply.id, ok=False, error=f"{done}; see the agent's log"))
-
-
-def _readable_id(payload: bytes) -> str | None:
-    try:
-        table = json.loads(payload)
-    except (ValueError, RecursionError):
-        return None
-    command_id = table.get("id") if isinstance(table, dict) else None
-    return command_id if isinstance(command_id, str) and is_command_id(command_id) else None
-
-
-def is_command_id(text: str) -> bool:
-    """Whether a command may be called so: 1 to 128 printable ASCII characters."""
-    return 0 < len(text) <= MAX_ID_CHARACTERS and text.isascii() and text.isprintable()
 
 
 class Worker(threading.Thread):

@@ -9,14 +9,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from device.contract.errors import ConfigError, DeviceError, MessageError
+from device.contract.commands import SamplingChange
+from device.contract.errors import ConfigError, DeviceError
 from device.contract.files import write_atomic
 from device.contract.record import record
 from device.contract.records import from_table, to_table
 
 FILE_NAME = "sampling.json"
-MAX_FPS = 1000.0
-TELEMETRY_S = (1.0, 86400.0)
 
 log = logging.getLogger(__name__)
 
@@ -28,29 +27,6 @@ class Sampling:
     max_fps: float
     telemetry_interval_s: float
     results: bool
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class SamplingChange:
-    """What was set by command; None: as configured, or in a command: as it was. `reset` forgets what was set before."""
-
-    max_fps: float | None = None
-    telemetry_interval_s: float | None = None
-    results: bool | None = None
-    reset: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_fps is not None and not 0 <= self.max_fps <= MAX_FPS:
-            raise MessageError(f"set-sampling: max_fps must be 0..{MAX_FPS:g}, got {self.max_fps:g}")
-        low, high = TELEMETRY_S
-        if self.telemetry_interval_s is not None and not low <= self.telemetry_interval_s <= high:
-            raise MessageError(
-                f"set-sampling: telemetry_interval_s must be {low:g}..{high:g}, got {self.telemetry_interval_s:g}"
-            )
-
-    @property
-    def is_empty(self) -> bool:
-        return self == SamplingChange()
 
 
 class SamplingStore:

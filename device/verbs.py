@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from device.ask import attachment_path, read_attachment
-from device.commands import Handler, LearnArguments, NoArguments, RestoreArguments, UndoArguments, UpdateArguments
+from device.commands import Handler, RestoreArguments
 from device.config import resolve_source
+from device.contract.commands import LearnArguments, NoArguments, UndoArguments, UpdateArguments
 from device.contract.errors import ArtifactError, ConfigError, DeviceError, LearningError, UpdateRefusedError, one_line
 from device.contract.records import to_table
 from device.migration import Migration

@@ -53,6 +53,7 @@ RULES = [
     ),
     Rule("host.fleet", ("host.fleet", *SHARED, *LIBRARY), None, TRAINING),
     Rule("host.monitor", ("host.monitor", "host.fleet", *SHARED, *LIBRARY), None, TRAINING),
+    Rule("host.simulate", ("host.simulate", "host.monitor.broker", *SHARED, *LIBRARY), None, TRAINING),
     Rule("host", ("host", "converters", *LIBRARY)),  # commands, recipes and stages wire the parts
 ]
 
@@ -96,7 +97,7 @@ def test_contract_loads_the_standard_library_only():
     assert loaded_by(*names) <= {"device", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("part", ["host.fleet", "host.monitor", "host.cli"])
+@pytest.mark.parametrize("part", ["host.fleet", "host.monitor", "host.simulate", "host.cli"])
 def test_operating_a_fleet_loads_no_training_framework(part):
     names = [name for name in modules() if holds(part, name)]
     assert names

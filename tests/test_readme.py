@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bench.quickstart_seeds import readme_table
-from device.commands import ARGUMENTS
+from device.contract.commands import ARGUMENTS
 from device.contract.records import from_table
 from host.errors import HostError
 from host.fleet.commands import parse_arguments

@@ -42,7 +42,7 @@ VERBS = (
     *("learn", "undo", "update", "rollback"),
     *("set-sampling", "snapshot", "rebirth", "diagnostics", "status"),
 )
-"""What a device can be told; `device/commands.py` has their arguments."""
+"""What a device can be told; `device/contract/commands.py` has their arguments."""
 
 # Telemetry measurements and their SenML units (RFC 8428 section 12.1, RFC 8798 for B). Class counts are `class/LABEL-INDEX`.
 UNITS = {

@@ -21,6 +21,7 @@ from PIL import Image
 from device.app import Agent
 from device.config import load_config
 from device.contract.board import load_board
+from device.contract.commands import SamplingChange
 from device.contract.errors import EnrolmentError
 from device.contract.messages import (
     Command,
@@ -31,7 +32,6 @@ from device.contract.messages import (
     decode_telemetry,
     encode_command,
 )
-from device.sampling import SamplingChange
 from device.slots import Slots
 from device.spool import Spool
 from tests.support.agent import PREFIX, Field, wait_for

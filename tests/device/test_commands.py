@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.commands import ARGUMENTS, Commands
+from device.commands import Commands
+from device.contract.commands import ARGUMENTS
 from device.contract.errors import LearningError
 from device.contract.messages import MAX_PAYLOAD_BYTES, VERBS, Command, Reply, decode_reply, encode_command
 from device.spool import Spool

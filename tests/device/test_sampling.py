@@ -2,8 +2,9 @@
 
 import pytest
 
+from device.contract.commands import SamplingChange
 from device.contract.errors import ConfigError, MessageError
-from device.sampling import Sampling, SamplingChange, SamplingStore
+from device.sampling import Sampling, SamplingStore
 
 CONFIGURED = Sampling(max_fps=0.0, telemetry_interval_s=60.0, results=False)
 
