@@ -37,7 +37,7 @@ def find_release(config: SimulationConfig) -> Release:
     board = load_board(config.board)
     if config.updates is None:
         return first_release(board.name, board.support.precisions[0])
-    release = Sources(config.updates, config.channel).offer(None)
+    release = Sources(config.updates, config.channel).offer()
     require_precision(release, board)
     return release
 

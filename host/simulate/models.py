@@ -42,17 +42,18 @@ class Sources:
 
     def __init__(self, repository: Path | None, channel: str) -> None:
         self._repository, self._channel = repository, channel
-        self._channels: dict[Path, Channel] = {}
+        self._channels: dict[tuple[Path, str], Channel] = {}
 
-    def offer(self, source: str | None) -> Release:
-        """What the channel offers in a `dir:PATH`, or (None) in the configured repository; UpdateRefusedError why not."""
+    def offer(self, source: str | None = None, channel: str | None = None) -> Release:
+        """What a channel offers in a `dir:PATH`, each None: the configured one; UpdateRefusedError why not."""
         if source is None and self._repository is None:
             raise UpdateRefusedError("unreachable", "no update source; start the simulation with --updates DIR")
         if source is not None and not source.startswith("dir:"):
             raise ConfigError(f"update.source {source!r}: a simulated board reads dir:PATH only")
         path = Path(source.removeprefix("dir:")) if source else self._repository
         assert path is not None
-        return self._channels.setdefault(path, Channel(path, self._channel)).offer()
+        name = channel or self._channel
+        return self._channels.setdefault((path, name), Channel(path, name)).offer()
 
 
 class Models:
@@ -172,7 +173,7 @@ class Models:
         }
 
     def _preview(self, arguments: UpdateArguments) -> Result:
-        release = self._sources.offer(arguments.source)
+        release = self._sources.offer(arguments.source, arguments.channel)
         if not self._is_wanted(release, force=arguments.force):
             return {"would_update": False}
         offered = {"name": release.name, "version": release.version, "release": release.release}
@@ -181,7 +182,7 @@ class Models:
 
     async def _install(self, arguments: UpdateArguments) -> Fate | None:
         """Bring what the channel offers into the spare slot and serve it on probation; None when it is served already."""
-        release = self._sources.offer(arguments.source)
+        release = self._sources.offer(arguments.source, arguments.channel)
         if not self._is_wanted(release, force=arguments.force):
             return None
         await asyncio.sleep(release.bytes / self._timing.transfer_bytes_per_s)
