@@ -181,7 +181,7 @@ def test_replies_and_results_are_bounded(store):
         for i in range(250):
             store.record_result(CAMERA, Result(frame_id=str(i), label="x", confidence=0.5, time=1.0), received=1.0)
             store.record_reply(CAMERA, Reply(id=str(i), ok=True), received=1.0)
-    connection = sqlite3.connect(store._path)
+    connection = sqlite3.connect(store._database.name)
     assert [connection.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("result", "reply")] == [200, 200]
     connection.close()
 
