@@ -19,6 +19,7 @@ import typer
 
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
+from host.cli_monitor import STORE, StoreOption, monitor_app
 from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
@@ -307,9 +308,13 @@ def flash(
     _tell_flashed(root, board, expires)
 
 
-@app.command(epilog="Example: fieldvit monitor --store monitor.sqlite --port 8080")
+app.add_typer(monitor_app, name="monitor")
+
+
+@monitor_app.callback(invoke_without_command=True)
 def monitor(
-    store: Annotated[Path, typer.Option(help="SQLite file that keeps what boards report.")] = Path("monitor.sqlite"),
+    context: typer.Context,
+    store: StoreOption = STORE,
     broker: Annotated[str, typer.Option(help=BROKER_HELP)] = "auto",
     broker_password_file: Annotated[
         Path | None, typer.Option(help="Its first line is the password for the broker given by URL.")
@@ -324,9 +329,15 @@ def monitor(
     site: Annotated[
         Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
     ] = None,
+    keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = 7,
+    keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = 31,
+    keep_hours: Annotated[float, typer.Option(help="Days to keep what each hour gave, and events.")] = 730,
 ) -> None:
     """Ingest what boards report and serve the page that shows it; starts a broker if none is given."""
+    if context.invoked_subcommand:
+        return
     from host.monitor.app import MonitorConfig, run_monitor
+    from host.monitor.retention import Retention
 
     is_url = "://" in broker
     config = MonitorConfig(
@@ -340,6 +351,7 @@ def monitor(
         http_hostname=host,
         http_port=port,
         ready_file=ready_file,
+        retention=Retention(telemetry_days=keep_telemetry, minutes_days=keep_minutes, hours_days=keep_hours),
     )
     run_monitor(
         config,

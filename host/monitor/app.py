@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.errors import MonitorError
@@ -21,7 +22,8 @@ from host.monitor.broker import (
 )
 from host.monitor.hub import Hub
 from host.monitor.ingest import Ingest
-from host.monitor.store import open_store
+from host.monitor.retention import Retention, forgetting
+from host.monitor.store import is_url, open_store
 from host.monitor.web import LOOPBACK, create_app, serve_page
 
 CHECK_S = 0.5
@@ -31,11 +33,11 @@ CHECK_S = 0.5
 class MonitorConfig:
     """What `run_monitor` needs.
 
-    `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`), and `site` the
+    `store` is a SQLite file or the URL of a PostgreSQL database. `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`), and `site` the
     directory of a site, whose broker is used as its monitor; without either, one of `broker_kind` is started on `broker_hostname`:`broker_port`. Port 0 means any free port.
     """
 
-    store: Path
+    store: str | Path
     broker: str | None = None
     broker_password_file: Path | None = None
     site: Path | None = None
@@ -45,6 +47,7 @@ class MonitorConfig:
     http_hostname: str = "127.0.0.1"
     http_port: int = 8080
     ready_file: Path | None = None
+    retention: Retention = field(default_factory=Retention)
 
     def __post_init__(self) -> None:
         if self.broker_kind not in KINDS:
@@ -80,6 +83,7 @@ def run_monitor(
         stack.enter_context(_stop_on_signals(stop))
         store = open_store(config.store)
         stack.callback(store.close)
+        stack.enter_context(forgetting(lambda: store.forget(config.retention, now=time.time())))
         running = stack.enter_context(_broker(config))
         hub = Hub(is_connected=lambda: ingest.is_connected)
         ingest = Ingest(store, running.address, on_change=hub.notify)
@@ -106,7 +110,8 @@ def _broker(config: MonitorConfig) -> Iterator[RunningBroker]:
             address=parse_broker_url(config.broker, password_file=config.broker_password_file), kind="external"
         )
         return
-    sessions = config.store.with_name(config.store.name + "-broker")
+    name = "monitor" if is_url(config.store) else config.store  # beside the store, or here
+    sessions = Path(f"{name}-broker")
     with start_broker(config.broker_kind, config.broker_hostname, config.broker_port, directory=sessions) as running:
         yield running
 
