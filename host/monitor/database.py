@@ -5,7 +5,7 @@ at) would not make it less: the statements that differ are the tables' four word
 opened and backed up, which no such library does, and a batch of 200 messages is a dozen statements whatever writes them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ class Database(Protocol):
     def read(self, sql: str, *values: Any) -> list[Row]:
         """The rows of a query, as they were last committed."""
 
-    def stream(self, sql: str, *values: Any, rows: int) -> Iterator[list[Row]]:
+    def stream(self, sql: str, *values: Any, rows: int) -> Generator[list[Row]]:
         """The rows of a long query, so many at a time, as of its beginning, on a connection of its own."""
 
     def tidy(self) -> None:

@@ -7,7 +7,8 @@ forgotten is not there. Rows are read and written in chunks, so a large store ne
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ def export_parquet(database: Database, directory: Path) -> dict[str, int]:
     return rows
 
 
-def _write(path: Path, chunks: Iterator[list[Row]], schema: Any, to_row: Callable[[Row], dict[str, Any]]) -> int:
+def _write(path: Path, chunks: Generator[list[Row]], schema: Any, to_row: Callable[[Row], dict[str, Any]]) -> int:
     import pyarrow
     import pyarrow.parquet
 
     count = 0
-    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    with closing(chunks), pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for chunk in chunks:
             writer.write_table(pyarrow.Table.from_pylist([to_row(row) for row in chunk], schema=schema))
             count += len(chunk)
@@ -124,7 +125,12 @@ def _event_row(row: Row) -> dict[str, Any]:
 
 
 def _device_row(row: Row) -> dict[str, Any]:
-    return {**dict(row), "missing": int(row["missing"]), "unwatched": int(row["unwatched"]), **_times(row, "first_seen", "last_seen")}
+    return {
+        **dict(row),
+        "missing": int(row["missing"]),
+        "unwatched": int(row["unwatched"]),
+        **_times(row, "first_seen", "last_seen"),
+    }
 
 
 def _times(row: Row, *names: str) -> dict[str, int]:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, cast
@@ -57,11 +57,14 @@ class PostgresDatabase:
         self._writer: Connection | None = None
         self._reader: Connection | None = None
         self._is_failed = False
-        with self._write_lock:
+        try:
             self._has_timescaledb = self._find_timescaledb()
             with self.transaction():
                 self._prepare()
             (row,) = self.read("SELECT value FROM meta WHERE key = 'identity'")
+        except BaseException:
+            self.close()
+            raise
         self.identity = str(row["value"])
 
     @contextmanager
@@ -81,28 +84,31 @@ class PostgresDatabase:
         self.run("SELECT pg_advisory_xact_lock(key) FROM unnest(?::bigint[]) AS key", sorted({*map(_key, names)}))
 
     def run(self, sql: str, *values: Any) -> list[Row]:
-        with self._write_lock, self._telling("written"):
+        with self._write_lock, self._writing():
             cursor = self._require_writer().execute(_percent(sql), values)
             return cast(list[Row], cursor.fetchall()) if cursor.description else []
 
     def run_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         if not rows:
             return
-        with self._write_lock, self._telling("written"), self._require_writer().cursor() as cursor:
+        with self._write_lock, self._writing(), self._require_writer().cursor() as cursor:
             cursor.executemany(_percent(sql), rows)
 
     def read(self, sql: str, *values: Any) -> list[Row]:
         with self._read_lock, self._telling("read"):
-            if self._reader is None or self._reader.closed:
-                self._reader = self._connect()
+            self._reader = self._connected(self._reader)
             return cast(list[Row], self._reader.execute(_percent(sql), values).fetchall())
 
-    def stream(self, sql: str, *values: Any, rows: int) -> Iterator[list[Row]]:
-        with self._telling("read"), self._connect() as connection, connection.transaction():
-            with connection.cursor(name="stream") as cursor:
-                cursor.execute(_percent(sql), values)
-                while found := cursor.fetchmany(rows):
-                    yield cast(list[Row], found)
+    def stream(self, sql: str, *values: Any, rows: int) -> Generator[list[Row]]:
+        with (
+            self._telling("read"),
+            self._connect() as connection,
+            connection.transaction(),
+            connection.cursor(name="stream") as cursor,
+        ):
+            cursor.execute(_percent(sql), values)
+            while found := cursor.fetchmany(rows):
+                yield cast(list[Row], found)
 
     def tidy(self) -> None:
         """Nothing: the server's autovacuum does it."""
@@ -112,6 +118,14 @@ class PostgresDatabase:
             with lock:
                 if connection is not None:
                     connection.close()
+
+    def _connected(self, connection: Connection | None) -> Connection:
+        """This connection, or a new one where it was lost."""
+        if connection is None or connection.closed:
+            if connection is not None:
+                connection.close()
+            return self._connect()
+        return connection
 
     def _connect(self) -> Connection:
         return psycopg.connect(
@@ -125,9 +139,18 @@ class PostgresDatabase:
     def _require_writer(self) -> Connection:
         if self._is_failed:  # a new connection would know nothing of the transaction
             raise MonitorError(f"{self.name}: an earlier statement failed, so nothing is written; try again")
-        if self._writer is None or self._writer.closed:
-            self._writer = self._connect()
+        self._writer = self._connected(self._writer)
         return self._writer
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Remember an error, after which the transaction can only be rolled back."""
+        try:
+            with self._telling("written"):
+                yield
+        except MonitorError:
+            self._is_failed = True
+            raise
 
     @contextmanager
     def _telling(self, done: str) -> Iterator[None]:
@@ -135,19 +158,15 @@ class PostgresDatabase:
         try:
             yield
         except psycopg.Error as error:
-            self._is_failed = True
             said = " ".join(str(error).split()) or type(error).__name__
-            raise MonitorError(f"{self.name}: cannot be {done} ({said}); see that the server runs and lets us in") from error
+            raise MonitorError(
+                f"{self.name}: cannot be {done} ({said}); see that the server runs and lets us in"
+            ) from error
 
     def _roll_back(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return
         with suppress(psycopg.Error):  # what is lost was rolled back by the server
-            writer.execute("ROLLBACK")
-            self._writer = writer
-            return
-        writer.close()
+            if self._writer is not None:
+                self._writer.execute("ROLLBACK")
 
     def _prepare(self) -> None:
         self.lock(["schema"])

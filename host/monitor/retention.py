@@ -5,6 +5,7 @@ hours. Boots and their gaps stay for ever, so that copies of forgotten messages 
 minute of 1 kB a board takes about 10 MB for its week.
 """
 
+import itertools
 import logging
 import math
 import threading
@@ -24,7 +25,7 @@ EVERY_S = 600.0
 """Between two rounds of forgetting."""
 _ROWS_AT_ONCE = 2000  # of one commit, so that ingest waits for milliseconds
 _OLD_MESSAGES = (
-    "SELECT message.device_id, boot_id, sequence, time AS until, site, device.device"
+    "SELECT message.device_id, message.boot_id, sequence, time AS until, site, device.device"
     " FROM message JOIN device ON device.id = message.device_id"
     " WHERE kind {} 'telemetry' AND message.received < ? ORDER BY message.received LIMIT ?"
 )
@@ -51,7 +52,7 @@ class Retention:
         for name, value in days:
             if not 0 < value < math.inf:
                 raise MonitorError(f"keep-{name}: must be more than 0 days, got {value:g}")
-        for (finer, shorter), (coarser, longer) in zip(days, days[1:], strict=False):
+        for (finer, shorter), (coarser, longer) in itertools.pairwise(days):
             if shorter > longer:
                 raise MonitorError(
                     f"keep-{finer}: {shorter:g} days is longer than the {longer:g} of keep-{coarser}; raise the latter"

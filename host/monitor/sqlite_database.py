@@ -7,7 +7,7 @@ is committed: a power cut must not take back what was acknowledged.
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class SqliteDatabase:
             except sqlite3.Error as error:
                 raise MonitorError(f"{self.name}: cannot be read ({error}); is the disk still there?") from error
 
-    def stream(self, sql: str, *values: Any, rows: int) -> Iterator[list[Row]]:
+    def stream(self, sql: str, *values: Any, rows: int) -> Generator[list[Row]]:
         try:
             with closing(_connect(self._path)) as connection:
                 cursor = connection.execute(sql, values)

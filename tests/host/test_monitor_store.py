@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from device.contract.errors import MessageError
 from device.contract.messages import Event, ModelState, Reply, Result, State, Telemetry
 from device.contract.topics import DeviceId
-from tests.support.stores import opened, postgres, store, store_name
+from tests.support.stores import opened
 
-__all__ = ["postgres", "store", "store_name"]  # fixtures
 CAMERA = DeviceId("greenhouse", "cam-1")
 NEW_DEVICES = (DeviceId("greenhouse", f"new-{number}") for number in itertools.count())
 FRESH_DEVICE = [HealthCheck.function_scoped_fixture]  # one store for all examples, but a device for each
