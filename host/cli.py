@@ -19,11 +19,12 @@ import typer
 
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
-from host.cli_monitor import STORE, StoreOption, monitor_app
+from host.cli_monitor import STORE, StoreOption, monitor_app, require_no_options
 from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
+from host.monitor.retention import Retention
 from host.table import print_table as _print_table
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ KnownHostsOption = Annotated[Path | None, typer.Option(help="ssh: file of host k
 BoardPythonOption = Annotated[str, typer.Option(help="ssh: the board's Python, 3.11 or later.")]
 BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
 RUNS = Path("runs")
+KEPT = Retention()
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click and exports no public name for this class
 
@@ -329,15 +331,15 @@ def monitor(
     site: Annotated[
         Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
     ] = None,
-    keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = 7,
-    keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = 31,
-    keep_hours: Annotated[float, typer.Option(help="Days to keep what each hour gave, and events.")] = 730,
+    keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = KEPT.telemetry_days,
+    keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = KEPT.minutes_days,
+    keep_hours: Annotated[float, typer.Option(help="Days to keep what each hour gave, and events.")] = KEPT.hours_days,
 ) -> None:
     """Ingest what boards report and serve the page that shows it; starts a broker if none is given."""
     if context.invoked_subcommand:
+        require_no_options(context)
         return
     from host.monitor.app import MonitorConfig, run_monitor
-    from host.monitor.retention import Retention
 
     is_url = "://" in broker
     config = MonitorConfig(

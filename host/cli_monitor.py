@@ -57,6 +57,17 @@ def restore(
     print(f"{store}: as in {backup}")
 
 
+def require_no_options(context: typer.Context) -> None:
+    """Refuse options of `monitor` itself before one of its verbs, which would not heed them."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            verb = context.invoked_subcommand
+            raise MonitorError(
+                f"--{name.replace('_', '-')}: write the options of {verb} after it: fieldvit monitor {verb} …"
+            )
+
+
 def _require(path: Path) -> None:
     if not path.is_file():
         raise MonitorError(f"{path}: there is no store; name it with --store")

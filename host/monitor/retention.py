@@ -130,10 +130,11 @@ def _forget(database: Database, kind: _Kind, before: float) -> int:
             rows = database.run(kind.find, before, _ROWS_AT_ONCE)
             if rows:
                 _delete(database, kind, rows)
+        if rows:
+            database.tidy()
         total += len(rows)
         if len(rows) < _ROWS_AT_ONCE:
             return total
-        database.tidy()
 
 
 def _delete(database: Database, kind: _Kind, rows: list[Row]) -> None:

@@ -59,7 +59,7 @@ class SqlQueries:
         rows = self._read(
             "SELECT message.*, boot.boot FROM message JOIN boot ON boot.id = message.boot_id"
             f" WHERE kind != 'telemetry' AND message.device_id = {_OF_DEVICE}"
-            " ORDER BY time DESC, sequence DESC LIMIT ?",
+            " ORDER BY time DESC, boot_id DESC, sequence DESC LIMIT ?",
             *(device.site, device.device, limit),
         )
         return [EventRow(event=_event(row), received=row["received"]) for row in rows]
@@ -104,7 +104,9 @@ class SqlQueries:
 
     def _piece(self, device_id: int, piece: Piece) -> list[Aggregate]:
         if piece.width_s == AS_IT_CAME:
-            rows = self._read(f"SELECT time, body {_TELEMETRY} ORDER BY time", device_id, piece.since, piece.until)
+            rows = self._read(
+                f"SELECT time, body {_TELEMETRY} ORDER BY time, boot_id, sequence", device_id, piece.since, piece.until
+            )
             return [Aggregate.of(row["time"], json.loads(row["body"])) for row in rows]
         rows = self._read(
             "SELECT body FROM rollup WHERE device_id = ? AND width_s = ? AND start >= ? AND start < ? ORDER BY start",

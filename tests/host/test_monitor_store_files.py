@@ -247,6 +247,7 @@ def test_the_verbs_of_the_command_line(tmp_path, capsys, monkeypatch):
         (("backup", "x", "--store", "postgresql://h/d"), "use pg_dump"),
         (("restore", "x", "--store", "postgresql://h/d"), "use pg_restore"),
         (("restore", "copy.sqlite"), "exists already"),
+        (("--store", "other.sqlite", "backup", "x"), "--store: write the options of backup after it"),
         (("--keep-telemetry", "90"), "keep-telemetry: 90 days is longer than the 31 of keep-minutes"),
     ):
         code, _, err = run(capsys, *arguments)

@@ -22,7 +22,7 @@ from host.errors import MonitorError
 from host.monitor.aggregates import Aggregate, put_together
 from host.monitor.retention import DAY_S, Retention
 from host.monitor.store import Store, open_store
-from tests.support.postgres import PostgresServer, postgres_server
+from tests.support.postgres import PostgresServer, forgetful_server
 from tests.support.stores import opened
 
 CAMERAS = [DeviceId("lab", f"cam-{n}") for n in range(2)]
@@ -235,7 +235,7 @@ def test_two_processes_write_the_same_messages_of_the_same_devices(kind, request
 
 def test_a_lost_server_is_an_error_and_the_next_call_connects_again(postgres):
     message = Telemetry(boot="b1", sequence=1, time=1.0, values={"frames": 1.0})
-    with postgres_server(options="-c fsync=off") as server, opened(server.url()) as store:
+    with forgetful_server() as server, opened(server.url()) as store:
         store.record_telemetry(CAMERAS[0], message, received=1.0)
         with pytest.raises(MonitorError, match="so nothing is written"):
             record_while_it_restarts(store, server, message)

@@ -18,6 +18,7 @@ from tests.support.patience import PATIENCE
 
 USER = "fieldvit"
 START_S = 30
+MEMORY_BYTES = 2 << 30
 
 
 @dataclass
@@ -77,12 +78,25 @@ class PostgresServer:
 
 
 @contextmanager
-def postgres_server(*, options: str = "") -> Iterator[PostgresServer]:
+def forgetful_server() -> Iterator[PostgresServer]:
+    """A server for tests, in memory where there is room: thousands of small files are slow to delete from a disk."""
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
+    with postgres_server(
+        options="-c fsync=off -c synchronous_commit=off", folder=memory if has_room else None
+    ) as server:
+        yield server
+
+
+@contextmanager
+def postgres_server(*, options: str = "", folder: Path | None = None) -> Iterator[PostgresServer]:
     """Run a server until the block ends; skips the test where PostgreSQL is not installed."""
     programs = find_postgres()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
-    with tempfile.TemporaryDirectory(prefix="fieldvit-pg-") as name:  # short: a socket's path has 107 characters
+    with tempfile.TemporaryDirectory(
+        prefix="fieldvit-pg-", dir=folder
+    ) as name:  # short: a socket's path has 107 characters
         directory = Path(name)
         owner = _unprivileged()
         if owner:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from host.monitor.store import Store, open_store
-from tests.support.postgres import PostgresServer, postgres_server
+from tests.support.postgres import PostgresServer, forgetful_server
 
 KINDS = ("sqlite", "postgresql")
 
@@ -16,7 +16,7 @@ KINDS = ("sqlite", "postgresql")
 def postgres() -> Iterator[PostgresServer]:
     """A server for all tests of a process; it need not survive a power cut."""
     pytest.importorskip("psycopg", reason="psycopg is not installed")
-    with postgres_server(options="-c fsync=off -c synchronous_commit=off") as server:
+    with forgetful_server() as server:
         yield server
 
 
