@@ -16,6 +16,7 @@ one that came later is the last.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Self
 
 from device.contract.messages import CLASS_PREFIX, UNITS
@@ -36,6 +37,7 @@ _SHOWN = {
 }
 
 
+@lru_cache(maxsize=4096)  # asked for every value of every message
 def shown_as(name: str) -> str:
     """How a chart shows several windows' values of `name`."""
     return SUM if name.startswith(CLASS_PREFIX) else _SHOWN.get(name, MAXIMUM)
@@ -43,7 +45,7 @@ def shown_as(name: str) -> str:
 
 @dataclass(slots=True)
 class Aggregate:
-    """Windows put together; `parts` holds of each name what its kind needs to go on.
+    """Windows put together; `parts` holds of each name what its kind needs to go on, in lists that are never changed.
 
     Sums and maxima are [value], weighted means [sum, weight], gauges [count, sum, minimum, maximum, last, time of last].
     """
@@ -77,7 +79,7 @@ class Aggregate:
         self.time_sum += other.time_sum
         for name, part in other.parts.items():
             mine = self.parts.get(name)
-            self.parts[name] = list(part) if mine is None else _joined(name, mine, part)
+            self.parts[name] = part if mine is None else _joined(name, mine, part)
 
     def shown(self) -> dict[str, float]:
         """One value of each name, as a chart shows it; of a single window its own values."""
@@ -99,13 +101,12 @@ def put_together(aggregates: Iterable[Aggregate]) -> Aggregate:
     return total
 
 
-def _is_bound(name: str) -> bool:
-    return name in ("latency/p90", "latency/p99")
+_BOUNDS = frozenset(("latency/p90", "latency/p99"))
 
 
 def _begin(name: str, value: float, time: float, weight: float) -> list[float]:
     kind = shown_as(name)
-    if kind == SUM or _is_bound(name):
+    if kind == SUM or name in _BOUNDS:
         return [value]
     if kind == FRAME_WEIGHTED_MEAN:
         return [value * weight, weight]
@@ -116,7 +117,7 @@ def _joined(name: str, mine: list[float], other: list[float]) -> list[float]:
     kind = shown_as(name)
     if kind == SUM:
         return [mine[0] + other[0]]
-    if _is_bound(name):
+    if name in _BOUNDS:
         return [max(mine[0], other[0])]
     if kind == FRAME_WEIGHTED_MEAN:
         return [mine[0] + other[0], mine[1] + other[1]]
@@ -134,4 +135,4 @@ def _value(name: str, part: list[float]) -> float:
             return part[1] / part[0]
         case "last":
             return part[4]
-    return part[0] if _is_bound(name) else part[3]
+    return part[0] if name in _BOUNDS else part[3]

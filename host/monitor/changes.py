@@ -11,7 +11,7 @@ from typing import Any
 
 from device.contract.topics import DeviceId
 from host.monitor.aggregates import Aggregate
-from host.monitor.database import Database
+from host.monitor.database import Database, Row
 from host.monitor.spans import WIDTHS
 
 ABSENT_INSERT = "INSERT INTO absent (boot_id, first, last) VALUES (?, ?, ?)"
@@ -62,8 +62,8 @@ class Changes:
         self.lock(*map(str, wanted))
         boots = []
         for part in _parts(wanted):
-            keys, values = _in(part, lambda device: (device.site, device.device))
-            for row in self._database.run(f"SELECT * FROM device WHERE (site, device) IN ({keys})", *values):
+            keys = [(device.site, device.device) for device in part]
+            for row in _rows_of(self._database, "device", ("site", "device"), keys):
                 self._devices[DeviceId(row["site"], row["device"])] = dict(row)
                 boots += [row["boot_id"]] if row["boot_id"] is not None else []
         for part in _parts(boots):
@@ -80,7 +80,7 @@ class Changes:
 
     def device(self, device: DeviceId, received: float) -> Record:
         """The device's row, made at its first message."""
-        if device not in self._devices:
+        if str(device) not in self._locked:
             self.hold([device])
         if device not in self._devices:
             (row,) = self._database.run(
@@ -128,10 +128,11 @@ class Changes:
 
     def roll_up(self, device_id: int, time: float, values: dict[str, float], received: float) -> None:
         """Add a window to its minute and its hour."""
+        window = Aggregate.of(time, values)
         for width_s in WIDTHS:
             key = (device_id, width_s, start_of(time, width_s))
-            first_received, total = self._rollups.setdefault(key, (received, Aggregate()))
-            total.add(Aggregate.of(time, values))
+            first_received, total = self._rollups.get(key, (received, Aggregate()))
+            total.add(window)
             self._rollups[key] = min(first_received, received), total
 
     def write(self) -> None:
@@ -145,13 +146,10 @@ class Changes:
         self._database.run_many(_DEVICE_UPDATE, devices)
 
     def _write_rollups(self, keys: Sequence[tuple[int, int, int]]) -> None:
-        marks, values = _in(keys, lambda key: key)
+        names = ("device_id", "width_s", "start")
         there = {
             (row["device_id"], row["width_s"], row["start"]): row["body"]
-            for row in self._database.run(
-                f"SELECT device_id, width_s, start, body FROM rollup WHERE (device_id, width_s, start) IN ({marks})",
-                *values,
-            )
+            for row in _rows_of(self._database, "rollup", names, keys)
         }
         rows = []
         for key in keys:
@@ -170,8 +168,12 @@ def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield items[i : i + _KEYS_AT_ONCE]
 
 
-def _in(items: Sequence[Any], key: Any) -> tuple[str, list[Any]]:
-    """The text and the values of `IN (VALUES …)` for keys of several columns."""
-    keys = [key(item) for item in items]
-    mark = f"({', '.join('?' * len(keys[0]))})"
-    return f"VALUES {', '.join([mark] * len(keys))}", [value for columns in keys for value in columns]
+def _rows_of(database: Database, table: str, names: Sequence[str], keys: Sequence[Sequence[Any]]) -> list[Row]:
+    """The rows with these keys of several columns. SQLite reads a whole table for `(…) IN (VALUES …)`, but joins by index."""
+    mark = f"({', '.join('?' * len(names))})"
+    return database.run(
+        f"WITH wanted ({', '.join(names)}) AS (VALUES {', '.join([mark] * len(keys))})"
+        f" SELECT {table}.* FROM wanted CROSS JOIN {table}"
+        f" WHERE {' AND '.join(f'{table}.{name} = wanted.{name}' for name in names)}",
+        *(value for key in keys for value in key),
+    )

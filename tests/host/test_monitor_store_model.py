@@ -92,7 +92,7 @@ steps = st.lists(
 
 
 @given(steps)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_both_stores_hold_what_a_plain_model_holds(postgres, tmp_path_factory, steps):
     hold_what_the_model_holds(postgres, tmp_path_factory, steps)
 
@@ -214,7 +214,7 @@ store.close()
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_two_processes_write_the_same_messages_of_the_same_devices(kind, request, tmp_path):
     name = tmp_path / "s.sqlite" if kind == "sqlite" else request.getfixturevalue("postgres").url()
-    messages = 200
+    messages = 100
     processes = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(name), str(seed), str(messages)], stderr=subprocess.PIPE)
         for seed in range(2)

@@ -83,7 +83,7 @@ def forgetful_server() -> Iterator[PostgresServer]:
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
     with postgres_server(
-        options="-c fsync=off -c synchronous_commit=off", folder=memory if has_room else None
+        options="-c fsync=off", folder=memory if has_room else None
     ) as server:
         yield server
 
