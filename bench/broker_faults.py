@@ -31,7 +31,7 @@ from host.fleet.enrolment import serve_enrolment
 from host.fleet.site import SiteSettings, create_site
 from host.monitor.broker import bind_port, find_mosquitto, site_broker
 from host.monitor.ingest import Ingest
-from host.monitor.sqlite_store import SqliteStore
+from host.monitor.store import open_store
 
 MESSAGES = 100_000
 FAULTS_OF_A_KIND = 7
@@ -57,7 +57,7 @@ class Setting:
         stack.callback(lambda: end(self.broker))
         self.board_network: Network = stack.enter_context(network(port))
         self.monitor_network: Network = stack.enter_context(network(port))
-        self.store = SqliteStore(directory / "monitor.sqlite")
+        self.store = open_store(directory / "monitor.sqlite")
         stack.callback(self.store.close)
         self.ingest = self._start_ingest()
         stack.callback(lambda: self.ingest.stop())
@@ -87,7 +87,7 @@ class Setting:
 
     def arrived(self) -> dict[str, list[int]]:
         """The sequence numbers of each boot in the order in which the store took them."""
-        query = "SELECT boot.boot, sequence FROM message JOIN boot ON boot.id = boot_id ORDER BY message.id"
+        query = "SELECT boot.boot, sequence FROM message JOIN boot ON boot.id = boot_id ORDER BY message.rowid"
         numbers: dict[str, list[int]] = {}
         with sqlite3.connect(f"file:{self._directory / 'monitor.sqlite'}?mode=ro", uri=True) as db:
             for boot, sequence in db.execute(query):

@@ -159,9 +159,9 @@ def fuzz_ingest(kind: str, directory: Path, rng: random.Random) -> Iterator[Part
     from device.contract.topics import DeviceId
     from host.monitor.broker import BrokerAddress
     from host.monitor.ingest import Ingest
-    from host.monitor.sqlite_store import SqliteStore
+    from host.monitor.store import open_store
 
-    store = SqliteStore(directory / "monitor.sqlite")
+    store = open_store(directory / "monitor.sqlite")
     ingest = Ingest(store, BrokerAddress(hostname="127.0.0.1"))
     device = DeviceId("lab", "cam-1")
 

@@ -19,11 +19,13 @@ import typer
 
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
+from host.cli_monitor import STORE, StoreOption, monitor_app, require_no_options
 from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
 from host.rollout.verbs import ROLLOUTS, rollout_app
+from host.monitor.retention import Retention
 from host.table import print_table as _print_table
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ BoardPythonOption = Annotated[str, typer.Option(help="ssh: the board's Python, 3
 BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
 FAULTS_HELP = "loss, drift, clock-skew, reboot-storm or spool-overflow=RATE[@SECONDS], bad-model=RATE:RELEASE:EFFECT."
 RUNS = Path("runs")
+KEPT = Retention()
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click and exports no public name for this class
 
@@ -309,9 +312,13 @@ def flash(
     _tell_flashed(root, board, expires)
 
 
-@app.command(epilog="Example: fieldvit monitor --store monitor.sqlite --port 8080")
+app.add_typer(monitor_app, name="monitor")
+
+
+@monitor_app.callback(invoke_without_command=True)
 def monitor(
-    store: Annotated[Path, typer.Option(help="SQLite file that keeps what boards report.")] = Path("monitor.sqlite"),
+    context: typer.Context,
+    store: StoreOption = STORE,
     broker: Annotated[str, typer.Option(help=BROKER_HELP)] = "auto",
     broker_password_file: Annotated[
         Path | None, typer.Option(help="Its first line is the password for the broker given by URL.")
@@ -330,8 +337,14 @@ def monitor(
     alerts: Annotated[
         Path | None, typer.Option(help="Rules for alerts, TOML, as host/alerts/rules.py shows; without, ours.")
     ] = None,
+    keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = KEPT.telemetry_days,
+    keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = KEPT.minutes_days,
+    keep_hours: Annotated[float, typer.Option(help="Days to keep what each hour gave, and events.")] = KEPT.hours_days,
 ) -> None:
     """Ingest what boards report, carry rollouts on, and serve the page that shows it; starts a broker if none is given."""
+    if context.invoked_subcommand:
+        require_no_options(context)
+        return
     from host.monitor.app import MonitorConfig, run_monitor
 
     is_url = "://" in broker
@@ -348,6 +361,7 @@ def monitor(
         ready_file=ready_file,
         rollouts=rollouts,
         alerts=alerts,
+        retention=Retention(telemetry_days=keep_telemetry, minutes_days=keep_minutes, hours_days=keep_hours),
     )
     run_monitor(
         config,

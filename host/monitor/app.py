@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from host.monitor.broker import (
 )
 from host.monitor.hub import Hub
 from host.monitor.ingest import Ingest
-from host.monitor.store import Store, open_store
+from host.monitor.retention import Retention, forgetting
+from host.monitor.store import Store, is_url, open_store
 from host.monitor.web import LOOPBACK, create_app, serve_page
 from host.rollout.engine import Engine, Order
 
@@ -38,11 +40,11 @@ STOP_S = 2.0
 class MonitorConfig:
     """What `run_monitor` needs.
 
-    `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`), and `site` the
+    `store` is a SQLite file or the URL of a PostgreSQL database. `broker` is the URL of an existing broker (its password is the first line of `broker_password_file`), and `site` the
     directory of a site, whose broker is used as its monitor; without either, one of `broker_kind` is started on `broker_hostname`:`broker_port`. Port 0 means any free port.
     """
 
-    store: Path
+    store: str | Path
     broker: str | None = None
     broker_password_file: Path | None = None
     site: Path | None = None
@@ -54,6 +56,7 @@ class MonitorConfig:
     ready_file: Path | None = None
     rollouts: Path = Path("rollouts")
     alerts: Path | None = None
+    retention: Retention = field(default_factory=Retention)
 
     def __post_init__(self) -> None:
         if self.broker_kind not in KINDS:
@@ -89,6 +92,7 @@ def run_monitor(
         stack.enter_context(_stop_on_signals(stop))
         store = open_store(config.store)
         stack.callback(store.close)
+        stack.enter_context(forgetting(lambda: store.forget(config.retention, now=time.time())))
         running = stack.enter_context(_broker(config))
         hub = Hub(is_connected=lambda: ingest.is_connected)
         ingest = Ingest(store, running.address, on_change=hub.notify)
@@ -126,16 +130,21 @@ def _broker(config: MonitorConfig) -> Iterator[RunningBroker]:
             address=parse_broker_url(config.broker, password_file=config.broker_password_file), kind="external"
         )
         return
-    sessions = config.store.with_name(config.store.name + "-broker")
+    sessions = _path_beside(config.store, "broker")
     with start_broker(config.broker_kind, config.broker_hostname, config.broker_port, directory=sessions) as running:
         yield running
+
+
+def _path_beside(store: str | Path, name: str) -> Path:
+    """Beside a store's file; for a database elsewhere, in the folder where the monitor runs."""
+    return Path(f"{'monitor' if is_url(store) else store}-{name}")
 
 
 def _alert_service(config: MonitorConfig, store: Store) -> AlertService:
     return AlertService(
         store,
         load_alerts(config.alerts),
-        config.store.with_name(config.store.name + "-alerts.json"),
+        _path_beside(config.store, "alerts.json"),
         folder=config.alerts.parent if config.alerts else Path(),
         expiries=partial(_certificates, config.site) if config.site else tuple,
     )

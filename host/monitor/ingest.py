@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -188,7 +188,7 @@ class Ingest:
 
     def _write(self, batch: list[tuple[int, mqtt.MQTTMessage]]) -> set[DeviceId | None]:
         changed: set[DeviceId | None] = set()
-        with self._store.transaction():
+        with self._store.transaction(_senders(batch)):
             for _, message in batch:
                 changed.add(self._record(message))
         return changed
@@ -216,6 +216,15 @@ class Ingest:
         for connection, message in batch:
             if message.qos and connection == self._connection:
                 self._client.ack(message.mid, message.qos)
+
+
+def _senders(batch: Iterable[tuple[int, mqtt.MQTTMessage]]) -> set[DeviceId]:
+    """The devices that can be read from the topics."""
+    senders = set()
+    for _, message in batch:
+        with contextlib.suppress(ValueError):
+            senders.add(parse_topic(message.topic)[0])
+    return senders
 
 
 def record_message(store: Store, device: DeviceId, record: Record, *, received: float, retained: bool = False) -> None:

@@ -33,10 +33,15 @@ class DeviceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Timelines over shared times (device clock, ascending); None where nothing was measured."""
+    """Timelines over shared times (device clock, ascending); None where nothing was measured.
+
+    A value stands for `resolution_s` seconds, 0 where it is of one message; then it is of several what `shown_as` says.
+    """
 
     times: list[float]
     values: dict[str, list[float | None]]
+    resolution_s: float = 0.0
+    shown_as: dict[str, str] = field(default_factory=dict)  # for example "frame-weighted mean"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,8 @@ def series_view(store: Store, device: DeviceId, *, seconds: float, now: float) -
         "until": until,
         "times": series.times,
         "values": series.values,
+        "resolution_s": series.resolution_s,
+        "shown_as": series.shown_as,
         "classes": [{"label": _label(labels, int(i)), "count": count} for i, count in mix.items() if count > 0],
     }
 

@@ -1,30 +1,21 @@
-"""The rules every store keeps, on the SQLite one: duplicates, gaps, wills, quarantine, versions."""
+"""The rules every store keeps, on both: duplicates, gaps, wills, quarantine, versions."""
 
 import contextlib
-import sqlite3
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device.contract.errors import MessageError
 from device.contract.messages import Event, ModelState, Reply, Result, State, Telemetry
 from device.contract.topics import DeviceId
-from host.errors import MonitorError
-from host.monitor.store import Store, open_store
+from tests.support.stores import opened
 
 CAMERA = DeviceId("greenhouse", "cam-1")
+NEW_DEVICES = (DeviceId("greenhouse", f"new-{number}") for number in itertools.count())
+FRESH_DEVICE = [HealthCheck.function_scoped_fixture]  # one store for all examples, but a device for each
 MODEL = ModelState(name="vit", version="1.2.0", release=3, precision="int8", backbone="ab" * 32)
-
-
-@pytest.fixture
-def store(tmp_path) -> Iterator[Store]:
-    opened = open_store(tmp_path / "monitor.sqlite")
-    yield opened
-    opened.close()
 
 
 def birth(boot: str, **fields) -> State:
@@ -78,34 +69,30 @@ def test_late_will_of_a_boot_never_seen_is_ignored(store):
     st.integers(1, 4).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), unique=True))),
     st.randoms(),
 )
-@settings(max_examples=15, deadline=None)
-def test_no_will_of_an_older_boot_hides_a_newer_birth(boots_and_wills, random):
+@settings(max_examples=15, deadline=None, suppress_health_check=FRESH_DEVICE)
+def test_no_will_of_an_older_boot_hides_a_newer_birth(store, boots_and_wills, random):
+    device = next(NEW_DEVICES)
     boots, wills = boots_and_wills
     arrivals = [birth(f"b{i}") for i in range(boots)]
     for i in wills:  # a will arrives anywhere after its own birth
         position = random.randint(next(k for k, s in enumerate(arrivals) if s == birth(f"b{i}")) + 1, len(arrivals))
         arrivals.insert(position, will(f"b{i}"))
-    with tempfile.TemporaryDirectory() as folder:
-        store = open_store(Path(folder, "s.sqlite"))
-        with store.transaction():
-            for state in arrivals:
-                store.record_state(CAMERA, state, received=1.0)
-        row = store.device(CAMERA)
-        store.close()
+    with store.transaction():
+        for state in arrivals:
+            store.record_state(device, state, received=1.0)
+    row = store.device(device)
     assert row.boot == f"b{boots - 1}"
     assert row.status == ("offline" if boots - 1 in wills else "online")
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60))
-@settings(max_examples=25, deadline=None)
-def test_counts_are_exact_in_any_order_with_losses_and_copies(arrivals):
-    with tempfile.TemporaryDirectory() as folder:
-        store = open_store(Path(folder, "s.sqlite"))
-        with store.transaction():
-            store.record_telemetry(CAMERA, telemetry(1, boot="earlier"), received=0.0)
-            new = [store.record_telemetry(CAMERA, telemetry(sequence), received=1.0) for sequence in arrivals]
-        row, gaps = store.device(CAMERA), store.gaps(CAMERA)
-        store.close()
+@settings(max_examples=25, deadline=None, suppress_health_check=FRESH_DEVICE)
+def test_counts_are_exact_in_any_order_with_losses_and_copies(store, arrivals):
+    device = next(NEW_DEVICES)
+    with store.transaction([device]):
+        store.record_telemetry(device, telemetry(1, boot="earlier"), received=0.0)
+        new = [store.record_telemetry(device, telemetry(sequence), received=1.0) for sequence in arrivals]
+    row, gaps = store.device(device), store.gaps(device)
     assert sum(new) == len(set(arrivals)) == row.received - 1
     assert row.duplicates == len(arrivals) - len(set(arrivals))
     missing = set(range(1, max(arrivals) + 1)) - set(arrivals)
@@ -181,9 +168,9 @@ def test_replies_and_results_are_bounded(store):
         for i in range(250):
             store.record_result(CAMERA, Result(frame_id=str(i), label="x", confidence=0.5, time=1.0), received=1.0)
             store.record_reply(CAMERA, Reply(id=str(i), ok=True), received=1.0)
-    connection = sqlite3.connect(store._path)
-    assert [connection.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("result", "reply")] == [200, 200]
-    connection.close()
+    for table in ("result", "reply"):
+        (row,) = store._database.read(f"SELECT count(*) AS kept FROM {table}")
+        assert row["kept"] == 200
 
 
 def test_timelines_thin_keep_the_worst_and_show_silence(store):
@@ -216,26 +203,31 @@ def test_events_come_newest_first(store):
     ]
 
 
-def test_reopening_keeps_everything(tmp_path):
-    first = open_store(tmp_path / "s.sqlite")
-    first.record_telemetry(CAMERA, telemetry(1), received=1.0)
-    identity = first.identity
-    first.close()
-    again = open_store(tmp_path / "s.sqlite")
-    assert (again.identity, again.device(CAMERA).received) == (identity, 1)
-    assert not again.record_telemetry(CAMERA, telemetry(1), received=2.0)
-    again.close()
+def test_reopening_keeps_everything(store_name):
+    with opened(store_name) as first:
+        first.record_telemetry(CAMERA, telemetry(1), received=1.0)
+    with opened(store_name) as again:
+        assert (again.identity, again.device(CAMERA).received) == (first.identity, 1)
+        assert not again.record_telemetry(CAMERA, telemetry(1), received=2.0)
 
 
-def test_newer_and_foreign_files_are_refused(tmp_path):
-    open_store(tmp_path / "newer").close()
-    (tmp_path / "text").write_text("not a database, but long enough to be read as one" * 20)
-    for name, sql in (("newer", "PRAGMA user_version = 7"), ("foreign", "CREATE TABLE mine (x)")):
-        connection = sqlite3.connect(tmp_path / name)
-        connection.execute(sql)
-        connection.close()
-    for name, message in (("newer", "schema 7 is newer"), ("foreign", "something else"), ("text", "cannot be used")):
-        with pytest.raises(MonitorError, match=message):
-            open_store(tmp_path / name)
-    with pytest.raises(MonitorError, match="cannot be opened"):
-        open_store(tmp_path)
+def test_what_no_database_takes_is_refused_before_anything_is_written(store):
+    bad = [telemetry(1, time=float("nan")), telemetry(0), telemetry(2**53 + 1)]
+    with store.transaction([CAMERA]):
+        for message in bad:
+            with pytest.raises(MessageError, match="cannot be stored"):
+                store.record_telemetry(CAMERA, message, received=1.0)
+        store.record_reply(CAMERA, Reply(id="nul \0, half a pair \ud800, long" + "x" * 9000, ok=True), received=1.0)
+        store.quarantine("a\0b", b"\0", "why\0", received=2.0)
+    assert store.device(CAMERA).received == 0
+    assert [row.topic for row in store.quarantined()] == ["a\\x00b"]
+
+
+def test_a_device_seen_first_in_a_batch_is_one_device(store):
+    others = [DeviceId("greenhouse", f"cam-{n}") for n in range(3)]
+    with store.transaction(others[:2]):
+        for device in (*others, *others):
+            store.record_state(device, birth("b1"), received=1.0)
+            store.record_state(device, birth("b2"), received=2.0)
+            store.record_state(device, will("b1"), received=3.0)
+    assert [(row.device, row.boot, row.status) for row in store.devices()] == [(d, "b2", "online") for d in others]
