@@ -24,8 +24,8 @@ from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
-from host.rollout.verbs import ROLLOUTS, rollout_app
 from host.monitor.retention import Retention
+from host.rollout.verbs import ROLLOUTS, rollout_app
 from host.table import print_table as _print_table
 
 if TYPE_CHECKING:

@@ -72,7 +72,8 @@ class SqlQueries:
             received,
         )
         return [
-            (DeviceId(row["site"], row["device"]), EventRow(event=_event(row), received=row["received"])) for row in rows
+            (DeviceId(row["site"], row["device"]), EventRow(event=_event(row), received=row["received"]))
+            for row in rows
         ]
 
     def reply(self, device: DeviceId, command: str) -> Reply | None:
