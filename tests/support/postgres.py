@@ -82,9 +82,7 @@ def forgetful_server() -> Iterator[PostgresServer]:
     """A server for tests, in memory where there is room: thousands of small files are slow to delete from a disk."""
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
-    with postgres_server(
-        options="-c fsync=off", folder=memory if has_room else None
-    ) as server:
+    with postgres_server(options="-c fsync=off", folder=memory if has_room else None) as server:
         yield server
 
 
