@@ -187,7 +187,9 @@ def test_what_is_forgotten_is_still_known_and_still_drawn(store_name):
 def test_a_large_round_of_forgetting_goes_in_parts(store, monkeypatch):
     monkeypatch.setattr("host.monitor.retention._ROWS_AT_ONCE", 7)
     sent = fill(store, seconds=86400, every_s=1800)
-    assert store.forget(Retention(), now=BEGIN + 9 * DAY_S).telemetry == len(sent)
+    pauses = iter([False, True])
+    assert store.forget(Retention(), now=BEGIN + 9 * DAY_S, pause=lambda: next(pauses, True)).telemetry == 14
+    assert store.forget(Retention(), now=BEGIN + 9 * DAY_S).telemetry == len(sent) - 14
     assert store.telemetry(CAMERA, ("frames",), since=BEGIN, until=BEGIN + 7200).resolution_s == MINUTE
 
 
@@ -206,9 +208,10 @@ def test_ages_that_make_no_sense_are_refused(days, message):
 
 
 def test_forgetting_goes_on_after_an_error_and_ends_with_its_block(caplog):
-    rounds, enough = [], threading.Event()
+    rounds, pauses, enough = [], [], threading.Event()
 
-    def forget_now() -> Forgotten:
+    def forget_now(pause) -> Forgotten:
+        pauses.append(pause())
         rounds.append(threading.current_thread().name)
         if len(rounds) == 1:
             raise MonitorError("the disk is full")
@@ -219,5 +222,6 @@ def test_forgetting_goes_on_after_an_error_and_ends_with_its_block(caplog):
     with forgetting(forget_now, every_s=0.01):
         assert enough.wait(5)
     assert set(rounds) == {"retention"}
+    assert pauses[0] is False
     assert "retention" not in [thread.name for thread in threading.enumerate()]
     assert "nothing forgotten" in caplog.text
