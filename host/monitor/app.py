@@ -92,7 +92,7 @@ def run_monitor(
         stack.enter_context(_stop_on_signals(stop))
         store = open_store(config.store)
         stack.callback(store.close)
-        stack.enter_context(forgetting(lambda: store.forget(config.retention, now=time.time())))
+        stack.enter_context(forgetting(lambda pause: store.forget(config.retention, now=time.time(), pause=pause)))
         running = stack.enter_context(_broker(config))
         hub = Hub(is_connected=lambda: ingest.is_connected)
         ingest = Ingest(store, running.address, on_change=hub.notify)

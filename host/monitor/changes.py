@@ -15,7 +15,7 @@ from host.monitor.database import Database, Row
 from host.monitor.spans import WIDTHS
 
 ABSENT_INSERT = "INSERT INTO absent (boot_id, first, last) VALUES (?, ?, ?)"
-ROLLUP_INSERT = "INSERT INTO rollup (device_id, width_s, start, received, body) VALUES (?, ?, ?, ?, ?)"
+ROLLUP_INSERT = "INSERT INTO rollup (device_id, width_s, start, received, names, numbers) VALUES (?, ?, ?, ?, ?, ?)"
 _MESSAGE_INSERT = (
     "INSERT INTO message (device_id, boot_id, sequence, kind, time, received, body) VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
@@ -131,9 +131,8 @@ class Changes:
         window = Aggregate.of(time, values)
         for width_s in WIDTHS:
             key = (device_id, width_s, start_of(time, width_s))
-            first_received, total = self._rollups.get(key, (received, Aggregate()))
-            total.add(window)
-            self._rollups[key] = min(first_received, received), total
+            before = self._rollups.get(key)
+            self._rollups[key] = (min(before[0], received), before[1].joined(window)) if before else (received, window)
 
     def write(self) -> None:
         """Write all that is not written yet."""
@@ -147,19 +146,15 @@ class Changes:
 
     def _write_rollups(self, keys: Sequence[tuple[int, int, int]]) -> None:
         names = ("device_id", "width_s", "start")
-        there = {
-            (row["device_id"], row["width_s"], row["start"]): row["body"]
-            for row in _rows_of(self._database, "rollup", names, keys)
-        }
+        there = {tuple(row[name] for name in names): row for row in _rows_of(self._database, "rollup", names, keys)}
         rows = []
         for key in keys:
             received, total = self._rollups[key]
             if key in there:
-                before = Aggregate.from_json(there[key])
-                before.add(total)
-                total = before
-            rows.append((*key, received, total.to_json()))
-        upsert = f"{ROLLUP_INSERT} ON CONFLICT (device_id, width_s, start) DO UPDATE SET body = excluded.body"
+                total = Aggregate.load(there[key]["names"], there[key]["numbers"]).joined(total)
+            rows.append((*key, received, total.names, total.numbers))
+        change = "names = excluded.names, numbers = excluded.numbers"
+        upsert = f"{ROLLUP_INSERT} ON CONFLICT (device_id, width_s, start) DO UPDATE SET {change}"
         self._database.run_many(upsert, rows)
 
 

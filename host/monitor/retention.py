@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 DAY_S = 86400.0
 EVERY_S = 600.0
 """Between two rounds of forgetting."""
+PAUSE_S = 0.02
+"""Between two of its transactions: a lock that is taken again at once is taken from nobody who waits."""
 _ROWS_AT_ONCE = 2000  # of one commit, so that ingest waits for milliseconds
 _OLD_MESSAGES = (
     "SELECT message.device_id, message.boot_id, sequence, time AS until, site, device.device"
@@ -86,26 +88,32 @@ _MINUTES = _Kind(_OLD_ROLLUPS.format(MINUTE), _DELETE_ROLLUP, _ROLLUP, "minutes_
 _HOURS = _Kind(_OLD_ROLLUPS.format(HOUR), _DELETE_ROLLUP, _ROLLUP)
 
 
-def forget(database: Database, retention: Retention, *, now: float) -> Forgotten:
-    """Delete what is older than `retention` allows, in short transactions between which others may write."""
+def forget(database: Database, retention: Retention, *, now: float, pause: Callable[[], bool]) -> Forgotten:
+    """Delete what is older than `retention` allows, in short transactions.
+
+    `pause` is called after each, so that others may write; where it returns True, the rest is left for the next round.
+    """
     hours_s = retention.hours_days * DAY_S
     return Forgotten(
-        telemetry=_forget(database, _TELEMETRY, now - retention.telemetry_days * DAY_S),
-        events=_forget(database, _EVENTS, now - hours_s),
-        minutes=_forget(database, _MINUTES, now - retention.minutes_days * DAY_S),
-        hours=_forget(database, _HOURS, now - hours_s),
+        telemetry=_forget(database, _TELEMETRY, now - retention.telemetry_days * DAY_S, pause),
+        events=_forget(database, _EVENTS, now - hours_s, pause),
+        minutes=_forget(database, _MINUTES, now - retention.minutes_days * DAY_S, pause),
+        hours=_forget(database, _HOURS, now - hours_s, pause),
     )
 
 
 @contextmanager
-def forgetting(forget_now: Callable[[], Forgotten], *, every_s: float = EVERY_S) -> Iterator[None]:
-    """Forget in a thread of its own, at once and then every so often, until the block ends."""
+def forgetting(forget_now: Callable[[Callable[[], bool]], Forgotten], *, every_s: float = EVERY_S) -> Iterator[None]:
+    """Forget in a thread of its own, at once and then every so often, until the block ends.
+
+    `forget_now` is told the `pause` of `forget`.
+    """
     stop = threading.Event()
 
     def work() -> None:
         while True:
             try:
-                forgotten = forget_now()
+                forgotten = forget_now(lambda: stop.wait(PAUSE_S))
             except MonitorError:
                 logger.exception("nothing forgotten; trying again in %g s", every_s)
             else:
@@ -123,7 +131,7 @@ def forgetting(forget_now: Callable[[], Forgotten], *, every_s: float = EVERY_S)
         thread.join(timeout=5)
 
 
-def _forget(database: Database, kind: _Kind, before: float) -> int:
+def _forget(database: Database, kind: _Kind, before: float, pause: Callable[[], bool]) -> int:
     total = 0
     while True:
         with database.transaction():
@@ -133,7 +141,7 @@ def _forget(database: Database, kind: _Kind, before: float) -> int:
         if rows:
             database.tidy()
         total += len(rows)
-        if len(rows) < _ROWS_AT_ONCE:
+        if pause() or len(rows) < _ROWS_AT_ONCE:
             return total
 
 

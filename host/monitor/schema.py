@@ -74,7 +74,8 @@ CREATE TABLE rollup (
     width_s INTEGER NOT NULL,                -- 60 or 3600
     start BIGINT NOT NULL,                   -- the device's clock
     received DOUBLE PRECISION NOT NULL,      -- when the first message of it arrived
-    body TEXT NOT NULL,
+    names TEXT NOT NULL,                     -- of the values, in the order of `numbers`
+    numbers {blob} NOT NULL,                 -- doubles, as `aggregates.py` lays them out
     PRIMARY KEY (device_id, width_s, start)
 ){clustered};
 CREATE INDEX rollup_by_arrival ON rollup (width_s, received);

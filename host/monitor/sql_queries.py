@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import lru_cache
 
 from device.contract.messages import Event, Reply, State
 from device.contract.records import from_table
@@ -126,26 +127,30 @@ class SqlQueries:
             )
             return [Aggregate.of(row["time"], json.loads(row["body"])) for row in rows]
         rows = self._read(
-            "SELECT body FROM rollup WHERE device_id = ? AND width_s = ? AND start >= ? AND start < ? ORDER BY start",
+            "SELECT names, numbers FROM rollup WHERE device_id = ? AND width_s = ? AND start >= ? AND start < ? ORDER BY start",
             *(device_id, piece.width_s, piece.since, piece.until),
         )
-        return [Aggregate.from_json(row["body"]) for row in rows]
+        return [Aggregate.load(row["names"], row["numbers"]) for row in rows]
 
 
 def _device_row(row: Row) -> DeviceRow:
     device = DeviceId(row["site"], row["device"])
-    state = from_table(State, json.loads(row["state"]), where=f"stored state of {device}") if row["state"] else None
     return DeviceRow(
         device=device,
         status=row["status"],
         boot=row["boot_name"],
-        state=state,
+        state=_state(row["state"]) if row["state"] else None,
         latest=json.loads(row["latest"]),
         recent_latency_s=tuple(json.loads(row["recent"])),
         missing=int(row["missing"]),
         unwatched=int(row["unwatched"]),
         **{name: row[name] for name in _PLAIN_COLUMNS},
     )
+
+
+@lru_cache(maxsize=16_384)  # births are rare, and the fleet page asks for all of them each time
+def _state(text: str) -> State:
+    return from_table(State, json.loads(text), where="stored state")
 
 
 def _event(row: Row) -> Event:

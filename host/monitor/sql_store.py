@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,8 +141,8 @@ class SqlStore(SqlQueries):
             )
             self._keep_newest("quarantine", "site = ? AND device = ?", owner, KEPT_QUARANTINED)
 
-    def forget(self, retention: Retention, *, now: float) -> Forgotten:
-        return forget(self._database, retention, now=now)
+    def forget(self, retention: Retention, *, now: float, pause: Callable[[], bool] = lambda: False) -> Forgotten:
+        return forget(self._database, retention, now=now, pause=pause)
 
     def _keep_newest(self, table: str, where: str, values: tuple[Any, ...], limit: int) -> None:
         self._database.run(

@@ -7,8 +7,9 @@ grows by what it held.
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
-from host.monitor.aggregates import Aggregate
+from host.monitor.aggregates import Aggregate, put_together
 from host.monitor.changes import ABSENT_INSERT, ROLLUP_INSERT, start_of, storable
 from host.monitor.spans import WIDTHS
 
@@ -66,19 +67,12 @@ def _absent(connection: sqlite3.Connection) -> Iterator[tuple[int, int, int]]:
             yield boot_id, first, last
 
 
-def _rollups(connection: sqlite3.Connection, width_s: int) -> Iterator[tuple[int, int, int, float, str]]:
+def _rollups(connection: sqlite3.Connection, width_s: int) -> Iterator[tuple[int, int, int, float, str, bytes]]:
     """All rollups of one width, one after the other, so that a large store needs no large memory."""
     rows = connection.execute(
         "SELECT device_id, time, received, body FROM message WHERE kind = 'telemetry' ORDER BY device_id, time"
     )
-    key, first_received, total = (0, 0), 0.0, Aggregate()
-    for row in rows:
-        found = (row["device_id"], start_of(row["time"], width_s))
-        if found != key:
-            if total.windows:
-                yield key[0], width_s, key[1], first_received, total.to_json()
-            key, first_received, total = found, row["received"], Aggregate()
-        first_received = min(first_received, row["received"])
-        total.add(Aggregate.of(row["time"], json.loads(row["body"])))
-    if total.windows:
-        yield key[0], width_s, key[1], first_received, total.to_json()
+    for (device_id, start), messages in groupby(rows, lambda row: (row["device_id"], start_of(row["time"], width_s))):
+        windows = [(row["received"], Aggregate.of(row["time"], json.loads(row["body"]))) for row in messages]
+        total = put_together(window for _, window in windows)
+        yield device_id, width_s, start, min(received for received, _ in windows), total.names, total.numbers

@@ -12,7 +12,7 @@ A SQLite file or a PostgreSQL database; both pass the same tests. The rules ever
 - Several processes may write, about the same devices too, where the database takes it: all of this stays exact.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -88,8 +88,11 @@ class Store(Protocol):
     def quarantined_total(self) -> int:
         """How many messages were ever quarantined, whether or not they are still kept."""
 
-    def forget(self, retention: Retention, *, now: float) -> Forgotten:
-        """Delete what is older than `retention` allows; in short transactions, so that others may write meanwhile."""
+    def forget(self, retention: Retention, *, now: float, pause: Callable[[], bool] = lambda: False) -> Forgotten:
+        """Delete what is older than `retention` allows; in short transactions, so that others may write meanwhile.
+
+        `pause` is called after each; where it returns True, the rest is left for the next time.
+        """
 
     def close(self) -> None: ...
 

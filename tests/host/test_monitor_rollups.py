@@ -29,7 +29,7 @@ windows = st.tuples(whole, st.dictionaries(st.sampled_from(NAMES), whole, max_si
 def test_one_window_is_shown_as_it_came(window):
     aggregate = Aggregate.of(*window)
     assert aggregate.shown() == pytest.approx(window[1])
-    assert (aggregate.time, Aggregate.from_json(aggregate.to_json())) == (window[0], aggregate)
+    assert (aggregate.time, Aggregate.load(aggregate.names, aggregate.numbers)) == (window[0], aggregate)
 
 
 @given(st.lists(windows, min_size=1, max_size=12, unique_by=lambda window: window[0]), st.randoms(), st.integers(0, 12))
@@ -37,8 +37,8 @@ def test_windows_give_the_same_in_any_order_and_grouping(all_windows, random, cu
     expected = put_together(Aggregate.of(*window) for window in all_windows)
     random.shuffle(all_windows)
     groups = [all_windows[:cut], all_windows[cut:]]
-    stored = [put_together(Aggregate.of(*window) for window in group).to_json() for group in groups]
-    assert put_together(Aggregate.from_json(text) for text in stored) == expected
+    parts = [put_together(Aggregate.of(*window) for window in group) for group in groups]
+    assert put_together(Aggregate.load(part.names, part.numbers) for part in parts) == expected
 
 
 def test_each_kind_of_value_has_its_rule():
@@ -58,7 +58,10 @@ def test_each_kind_of_value_has_its_rule():
         "errors/unreadable": 3.0,
         "class/2": 10.0,
     }
-    assert both.parts["temperature"] == [2, 90.0, 40.0, 50.0, 40.0, 20.0]
+    assert both.layout.gauges == ("learned/version", "temperature", "throughput")
+    assert (both.added[-6:-3], both.added[-3:]) == ([2, 2, 2], [3.0, 90.0, 4.0])
+    assert (both.highest, both.lowest) == ([5.0, 2.0, 50.0, 3.0], [1.0, 40.0, 1.0])
+    assert (both.last, both.last_times) == ([2.0, 40.0, 3.0], [20.0, 20.0, 20.0])
     assert (shown_as("latency/p50"), shown_as("latency/p99")) == ("frame-weighted mean", "maximum")
     assert (both.time, both.classes()) == (15.0, {"2": 10.0})
 
@@ -184,7 +187,9 @@ def test_what_is_forgotten_is_still_known_and_still_drawn(store_name):
 def test_a_large_round_of_forgetting_goes_in_parts(store, monkeypatch):
     monkeypatch.setattr("host.monitor.retention._ROWS_AT_ONCE", 7)
     sent = fill(store, seconds=86400, every_s=1800)
-    assert store.forget(Retention(), now=BEGIN + 9 * DAY_S).telemetry == len(sent)
+    pauses = iter([False, True])
+    assert store.forget(Retention(), now=BEGIN + 9 * DAY_S, pause=lambda: next(pauses, True)).telemetry == 14
+    assert store.forget(Retention(), now=BEGIN + 9 * DAY_S).telemetry == len(sent) - 14
     assert store.telemetry(CAMERA, ("frames",), since=BEGIN, until=BEGIN + 7200).resolution_s == MINUTE
 
 
@@ -203,9 +208,10 @@ def test_ages_that_make_no_sense_are_refused(days, message):
 
 
 def test_forgetting_goes_on_after_an_error_and_ends_with_its_block(caplog):
-    rounds, enough = [], threading.Event()
+    rounds, pauses, enough = [], [], threading.Event()
 
-    def forget_now() -> Forgotten:
+    def forget_now(pause) -> Forgotten:
+        pauses.append(pause())
         rounds.append(threading.current_thread().name)
         if len(rounds) == 1:
             raise MonitorError("the disk is full")
@@ -216,5 +222,6 @@ def test_forgetting_goes_on_after_an_error_and_ends_with_its_block(caplog):
     with forgetting(forget_now, every_s=0.01):
         assert enough.wait(5)
     assert set(rounds) == {"retention"}
+    assert pauses[0] is False
     assert "retention" not in [thread.name for thread in threading.enumerate()]
     assert "nothing forgotten" in caplog.text

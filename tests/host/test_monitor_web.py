@@ -212,7 +212,8 @@ def test_taken_ports_and_bad_settings_are_clear_errors(tmp_path):
         MonitorConfig(store=store, http_port=70000)
 
 
-def test_the_monitor_can_be_stopped_by_its_caller(tmp_path):
+def test_the_monitor_can_be_stopped_by_its_caller(store_name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ready: list[Ready] = []
     stop = threading.Event()
 
@@ -220,7 +221,7 @@ def test_the_monitor_can_be_stopped_by_its_caller(tmp_path):
         ready.append(where)
         stop.set()
 
-    config = MonitorConfig(store=tmp_path / "s.sqlite", broker_port=0, http_port=0, broker_kind="amqtt")
+    config = MonitorConfig(store=store_name, broker_port=0, http_port=0, broker_kind="amqtt")
     run_monitor(config, stop=stop, on_ready=on_ready)
     assert ready[0].broker_kind == "amqtt"
     assert ready[0].page.startswith("http://127.0.0.1:")
