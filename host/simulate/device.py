@@ -136,9 +136,8 @@ class SimulatedDevice:
         """Keep the connection alive."""
         self._connection.beat()
 
-    async def run(self, *, delay_s: float) -> None:
-        """Live until cancelled: connect after `delay_s` seconds, speak, and suffer what is planned."""
-        await asyncio.sleep(delay_s)
+    async def run(self) -> None:
+        """Live until cancelled: connect, speak, and suffer what is planned."""
         self._speak_from(self._rng.uniform(0, self._sampling.telemetry_interval_s))
         if self._plan.loses_link_at_s is not None:
             self._run_in(self._suffering, self._suffer_outage(self._plan.loses_link_at_s))

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from paho.mqtt.enums import MQTTProtocolVersion
@@ -16,8 +16,9 @@ from host.simulate.ledger import add_totals
 from host.simulate.models import Sources, require_precision
 from host.simulate.release import Release, first_release
 
-CONNECTS_PER_S = 300.0
-"""So many boards of a process connect in a second at the start, so that no broker is flooded."""
+LOGINS_AT_ONCE = 50
+"""So many boards of a process wait for their first login at a time, so that the start floods no broker."""
+LAUNCH_CHECK_S = 0.02
 BEAT_S = 5.0
 BEATS_AT_ONCE = 200
 ENDS_AT_ONCE = 200
@@ -58,6 +59,8 @@ class Fleet:
         self._broker, self._protocol, self._release = broker, protocol, release
         self._troubles: set[str] = set()
         self._devices: list[SimulatedDevice] = []
+        self._launched: list[SimulatedDevice] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def run(
         self, stop: asyncio.Event, *, on_progress: Callable[[dict[str, Any]], None], progress_s: float
@@ -75,38 +78,43 @@ class Fleet:
         loop = asyncio.get_running_loop()
         failed: asyncio.Future[None] = loop.create_future()
         loop.set_exception_handler(lambda _, context: _fail(failed, context.get("exception"), context["message"]))
-        world = World(
+        world = self._world(started=loop.time(), failed=failed)
+        self._devices = [SimulatedDevice(world, number) for number in self._numbers]
+        self._begin(self._beat(), world)
+        self._begin(self._tell(on_progress, progress_s), world)
+        launch = self._begin(self._launch(world), world)
+        try:
+            await _first_of(stop, failed, self._config.duration_s)
+            launch.cancel()
+            await self._end()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if failed.done():
+            failed.result()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        boards = {device.id.device: device.ledger.table() for device in self._devices}
+        return {"totals": self.totals(), "boards": boards, "cpu_s": used.ru_utime + used.ru_stime}
+
+    def _world(self, *, started: float, failed: asyncio.Future[None]) -> World:
+        return World(
             config=self._config,
             board=load_board(self._config.board),
             broker=self._broker,
             protocol=self._protocol,
             sources=Sources(self._config.updates, self._config.channel),
             release=self._release,
-            started=loop.time(),
+            started=started,
             on_trouble=self._report,
             on_end=lambda task: _check(failed, task),
         )
-        self._devices = [SimulatedDevice(world, number) for number in self._numbers]
-        lives = [
-            loop.create_task(device.run(delay_s=place / CONNECTS_PER_S)) for place, device in enumerate(self._devices)
-        ]
-        helpers = [loop.create_task(self._beat()), loop.create_task(self._tell(on_progress, progress_s))]
-        for task in (*lives, *helpers):
-            task.add_done_callback(world.on_end)
-        try:
-            await _first_of(stop, failed, self._config.duration_s)
-            for task in helpers:
-                task.cancel()
-            await self._end()
-        finally:
-            for task in (*lives, *helpers):
-                task.cancel()
-            await asyncio.gather(*lives, *helpers, return_exceptions=True)
-        if failed.done():
-            failed.result()
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        boards = {device.id.device: device.ledger.table() for device in self._devices}
-        return {"totals": self.totals(), "boards": boards, "cpu_s": used.ru_utime + used.ru_stime}
+
+    def _begin(self, work: Coroutine[Any, Any, None], world: World) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(world.on_end)
+        self._tasks.append(task)
+        return task
 
     async def _end(self) -> None:
         """End the boards in good order, so many at a time that their last messages pass quickly."""
@@ -116,12 +124,23 @@ class Fleet:
             async with turns:
                 await device.stop(drain_s=DRAIN_S)
 
-        await asyncio.gather(*map(end, self._devices))
+        await asyncio.gather(*map(end, self._launched))
 
     def totals(self) -> dict[str, int]:
         """What was counted so far, and how many boards are connected now."""
         counted = add_totals([device.ledger.totals() for device in self._devices])
         return counted | {"connected": sum(device.is_connected for device in self._devices)}
+
+    async def _launch(self, world: World) -> None:
+        """Begin the life of one board after the other, a few ahead of those that have logged in."""
+        waiting: list[SimulatedDevice] = []
+        for device in self._devices:
+            while len(waiting) >= LOGINS_AT_ONCE:
+                waiting = [other for other in waiting if not other.ledger.connections]
+                await asyncio.sleep(LAUNCH_CHECK_S)
+            waiting.append(device)
+            self._launched.append(device)
+            self._begin(device.run(), world)
 
     async def _beat(self) -> None:
         """Keep idle connections alive, a few at a time: the others must not wait for all."""
