@@ -13,7 +13,10 @@ SMALL = {"devices": 30, "stages": "1,20%,100%", "rate_s": 2.0, "soak_s": 6.0, "s
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("", {"status": "finished", "told": 30, "took": 30, "new": 30, "old": 0, "commands_per_board": 1, "by_hand": 0}),
+        (
+            "",
+            {"status": "finished", "told": 30, "took": 30, "new": 30, "old": 0, "commands_per_board": 1, "by_hand": 0},
+        ),
         ("bad-model=1:2:errors", {"status": "aborted", "told": 1, "took": 1, "new": 0, "old": 30, "by_hand": 0}),
     ],
 )
