@@ -9,6 +9,7 @@ from device.contract.messages import Event, Reply, State
 from device.contract.records import from_table
 from device.contract.topics import DeviceId
 from host.monitor.aggregates import Aggregate, put_together, shown_as
+from host.monitor.changes import storable
 from host.monitor.database import Database, Row
 from host.monitor.rows import DeviceRow, EventRow, Gap, Quarantined, Series
 from host.monitor.spans import AS_IT_CAME, HOUR, MINUTE, Piece, choose_width, pieces
@@ -79,7 +80,7 @@ class SqlQueries:
 
     def reply(self, device: DeviceId, command: str) -> Reply | None:
         where = f"device_id = {_OF_DEVICE} AND command = ?"
-        rows = self._read(f"SELECT body FROM reply WHERE {where}", device.site, device.device, command)
+        rows = self._read(f"SELECT body FROM reply WHERE {where}", device.site, device.device, storable(command))
         return from_table(Reply, json.loads(rows[0]["body"]), where=f"stored reply of {device}") if rows else None
 
     def gaps(self, device: DeviceId, *, limit: int = 100) -> list[Gap]:

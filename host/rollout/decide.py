@@ -6,6 +6,7 @@ told to go back, also one that only now comes home. Too few that are done within
 pause it: a person decides. Asked twice, this function says nothing new until something is.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -44,8 +45,8 @@ def decide(plan: Plan, progress: Progress, sights: Mapping[DeviceId, Sight], *, 
 
 
 def command_id(plan: Plan, verb: str, device: str, number: int) -> str:
-    """The same for the same step, whoever takes it: a board obeys an id once."""
-    return f"{plan.id}.{verb}.{device.replace('/', '.')}.{number}"
+    """The same for the same step, whoever takes it: a board obeys an id once. At most 128 characters, as boards allow."""
+    return f"{plan.id}.{verb}.{hashlib.sha256(device.encode()).hexdigest()[:16]}.{number}"
 
 
 def _board_news(plan: Plan, progress: Progress, sights: Mapping[DeviceId, Sight], now: float) -> Iterator[Entry]:

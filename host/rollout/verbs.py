@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +52,7 @@ def start(
         raise FleetError(f"{bundle}: no such bundle; 'fieldvit export' makes one")
     manifest, now = read_manifest(bundle), time.time()
     plan = Plan(
-        id=name or f"{manifest.name}-{manifest.release}-{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}",
+        id=name or _name_of(manifest.name, manifest.release, now),
         channel=channel,
         name=manifest.name,
         version=manifest.version,
@@ -124,6 +125,11 @@ def resume(name: IdArgument, why: WhyOption = "", rollouts: RootOption = ROLLOUT
 def abort(name: IdArgument, why: WhyOption = "", rollouts: RootOption = ROLLOUTS) -> None:
     """Take it back from every board that has it."""
     _say(rollouts, name, "aborted", why, allowed=("running", "paused", "finished"))
+
+
+def _name_of(model: str, release: int, now: float) -> str:
+    short = re.sub(r"[^A-Za-z0-9_-]", "-", model)[:32]
+    return f"{short}-{release}-{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}"
 
 
 def _say(root: Path, name: str, kind: str, why: str, *, allowed: tuple[str, ...]) -> None:

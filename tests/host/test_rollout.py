@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from device.contract.commands import is_command_id
 from device.contract.messages import Command, Event, ModelState, Reply, State, Telemetry
 from device.contract.topics import DeviceId
 from host.errors import FleetError
 from host.monitor.store import Store, open_store
+from host.rollout.decide import command_id
 from host.rollout.engine import Engine, Order, is_over
 from host.rollout.journal import Entry, Journal
 from host.rollout.plan import Limits, Plan, Stage, parse_stages
@@ -410,3 +412,10 @@ def test_each_stage_holds_the_one_before_and_about_its_share(count, rollout):
         assert after[: len(before)] == before
     assert len(members[0]) == 1
     assert set(members[3]) == set(devices)
+
+
+def test_a_command_s_id_is_one_that_a_board_takes():
+    plan = Plan(id="r" * 64, channel="c", name="m", version="1", release=1, created=0.0)
+    first, other = (command_id(plan, "rollback", f"{'s' * 64}/{name * 64}", 12345) for name in "ab")
+    assert is_command_id(first)
+    assert first != other
