@@ -39,8 +39,9 @@ def telemetry(n: int, *, boot: str = "b1", time: float | None = None, **values: 
     return Telemetry(boot=boot, sequence=n, time=time or 1000.0 + n, values=values or {"drift": 0.5, "class/3": 2.0})
 
 
-def test_a_store_of_schema_1_is_taken_over_whole(earlier):
+def test_a_store_of_schema_1_is_taken_over_whole(earlier, caplog):
     with opened(earlier) as store:
+        assert "earlier.sqlite: taking over schema 1" in caplog.text
         row, other = store.device(CAMERA), store.device(OTHER)
         assert (row.received, row.duplicates, row.missing, row.unwatched) == (7, 1, 3, 0)
         assert (other.missing, other.unwatched) == (1, 39)
@@ -107,6 +108,8 @@ def test_newer_and_foreign_files_are_refused(tmp_path):
             open_store(tmp_path / name)
     with pytest.raises(MonitorError, match="cannot be opened"):
         open_store(tmp_path)
+    with pytest.raises(MonitorError, match=r"store 'host/fleet': expected a file, or postgresql://"):
+        open_store("mysql://me:secret@host/fleet")
 
 
 def test_a_full_disk_commits_nothing_and_the_store_goes_on(tmp_path):
