@@ -97,7 +97,12 @@ class SqliteDatabase:
 
     def tidy(self) -> None:
         with self._write_lock:
-            self.run(f"PRAGMA incremental_vacuum({TIDIED_PAGES})")
+            try:
+                self._writer.executescript(
+                    f"PRAGMA incremental_vacuum({TIDIED_PAGES})"
+                )  # execute() would free one page
+            except sqlite3.Error as error:
+                raise self._error(error) from error
 
     def close(self) -> None:
         with self._write_lock:

@@ -17,6 +17,7 @@ from device.contract.topics import DeviceId
 from host.cli import main
 from host.errors import MonitorError
 from host.monitor.parquet import export_parquet
+from host.monitor.retention import DAY_S, Retention
 from host.monitor.rows import Gap
 from host.monitor.sqlite_database import back_up, restore
 from host.monitor.store import Store, open_store
@@ -123,10 +124,23 @@ def test_a_full_disk_commits_nothing_and_the_store_goes_on(tmp_path):
         assert store.record_telemetry(CAMERA, telemetry(1), received=1.0)
 
 
-def record_many(store: Store, messages: int) -> None:
+def test_what_is_forgotten_leaves_the_file(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with opened(path) as store:
+        for part in range(5):
+            record_many(store, 2000, boot=f"b{part}")
+        store._database.run("PRAGMA wal_checkpoint(TRUNCATE)")
+        before = path.stat().st_size
+        assert store.forget(Retention(), now=100 * DAY_S).telemetry == 10_000
+        store._database.run("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert path.stat().st_size < before / 5
+
+
+def record_many(store: Store, messages: int, *, boot: str = "b1") -> None:
+    values = {f"class/{k}": 1.0 for k in range(40)}
     with store.transaction([CAMERA]):
         for n in range(1, messages + 1):
-            store.record_telemetry(CAMERA, telemetry(n, **{f"class/{k}": 1.0 for k in range(40)}), received=1.0)
+            store.record_telemetry(CAMERA, telemetry(n, boot=boot, **values), received=1.0)
 
 
 def test_a_backup_is_of_one_moment_and_restores_whole(tmp_path):
