@@ -4,6 +4,7 @@ WAL lets the page read while ingest writes. `synchronous=FULL`, because a messag
 is committed: a power cut must not take back what was acknowledged.
 """
 
+import logging
 import sqlite3
 import threading
 import uuid
@@ -16,6 +17,8 @@ from host.errors import MonitorError
 from host.monitor.database import Row
 from host.monitor.schema import SCHEMA_VERSION, Dialect, statements
 from host.monitor.sqlite_migration import migrate
+
+logger = logging.getLogger(__name__)
 
 DIALECT = Dialect(counter="INTEGER", blob="BLOB", clustered=" WITHOUT ROWID", unique="UNIQUE")
 TIDIED_PAGES = 2000  # given back at once; a commit that frees more would hold up ingest
@@ -94,7 +97,12 @@ class SqliteDatabase:
 
     def tidy(self) -> None:
         with self._write_lock:
-            self.run(f"PRAGMA incremental_vacuum({TIDIED_PAGES})")
+            try:
+                self._writer.executescript(
+                    f"PRAGMA incremental_vacuum({TIDIED_PAGES})"
+                )  # execute() would free one page
+            except sqlite3.Error as error:
+                raise self._error(error) from error
 
     def close(self) -> None:
         with self._write_lock:
@@ -185,6 +193,7 @@ def _create_or_migrate(connection: sqlite3.Connection, path: Path) -> None:
     if version or not is_empty:
         _require_store(connection, path)
     if version:
+        logger.warning("%s: taking over schema %d; with millions of messages this takes minutes", path, version)
         migrate(connection, statements(DIALECT))
     else:
         for statement in statements(DIALECT):

@@ -115,6 +115,10 @@ def open_store(store: str | Path) -> Store:
 
 def open_database(store: str | Path) -> Database:
     """What is under a store, for who copies all of it."""
+    if "://" in str(store) and not is_url(store):
+        raise MonitorError(
+            f"store {str(store).rpartition('@')[2]!r}: expected a file, or postgresql://[USER@]HOST/DATABASE"
+        )
     if not is_url(store):
         from host.monitor.sqlite_database import SqliteDatabase
 

@@ -17,6 +17,7 @@ from device.contract.topics import DeviceId
 from host.cli import main
 from host.errors import MonitorError
 from host.monitor.parquet import export_parquet
+from host.monitor.retention import DAY_S, Retention
 from host.monitor.rows import Gap
 from host.monitor.sqlite_database import back_up, restore
 from host.monitor.store import Store, open_store
@@ -39,8 +40,9 @@ def telemetry(n: int, *, boot: str = "b1", time: float | None = None, **values: 
     return Telemetry(boot=boot, sequence=n, time=time or 1000.0 + n, values=values or {"drift": 0.5, "class/3": 2.0})
 
 
-def test_a_store_of_schema_1_is_taken_over_whole(earlier):
+def test_a_store_of_schema_1_is_taken_over_whole(earlier, caplog):
     with opened(earlier) as store:
+        assert "earlier.sqlite: taking over schema 1" in caplog.text
         row, other = store.device(CAMERA), store.device(OTHER)
         assert (row.received, row.duplicates, row.missing, row.unwatched) == (7, 1, 3, 0)
         assert (other.missing, other.unwatched) == (1, 39)
@@ -107,6 +109,8 @@ def test_newer_and_foreign_files_are_refused(tmp_path):
             open_store(tmp_path / name)
     with pytest.raises(MonitorError, match="cannot be opened"):
         open_store(tmp_path)
+    with pytest.raises(MonitorError, match=r"store 'host/fleet': expected a file, or postgresql://"):
+        open_store("mysql://me:secret@host/fleet")
 
 
 def test_a_full_disk_commits_nothing_and_the_store_goes_on(tmp_path):
@@ -120,10 +124,23 @@ def test_a_full_disk_commits_nothing_and_the_store_goes_on(tmp_path):
         assert store.record_telemetry(CAMERA, telemetry(1), received=1.0)
 
 
-def record_many(store: Store, messages: int) -> None:
+def test_what_is_forgotten_leaves_the_file(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with opened(path) as store:
+        for part in range(5):
+            record_many(store, 2000, boot=f"b{part}")
+        store._database.run("PRAGMA wal_checkpoint(TRUNCATE)")
+        before = path.stat().st_size
+        assert store.forget(Retention(), now=100 * DAY_S).telemetry == 10_000
+        store._database.run("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert path.stat().st_size < before / 5
+
+
+def record_many(store: Store, messages: int, *, boot: str = "b1") -> None:
+    values = {f"class/{k}": 1.0 for k in range(40)}
     with store.transaction([CAMERA]):
         for n in range(1, messages + 1):
-            store.record_telemetry(CAMERA, telemetry(n, **{f"class/{k}": 1.0 for k in range(40)}), received=1.0)
+            store.record_telemetry(CAMERA, telemetry(n, boot=boot, **values), received=1.0)
 
 
 def test_a_backup_is_of_one_moment_and_restores_whole(tmp_path):
