@@ -380,6 +380,7 @@ def simulate(
     broker_password_file: Annotated[
         Path | None, typer.Option(help="Its first line is the password for the broker given by URL.")
     ] = None,
+    broker_host: Annotated[str, typer.Option(help="Address a broker started here listens on.")] = "127.0.0.1",
     broker_port: Annotated[int, typer.Option(help="Port of a broker started here; 0 takes a free one.")] = 1883,
     site: Annotated[str, typer.Option(help="Site id of the boards.")] = "simulated",
     board: Annotated[str, typer.Option(help="The boards' profile; see 'fieldvit boards'.")] = "generic-x86-64",
@@ -418,6 +419,7 @@ def simulate(
         config,
         broker=broker,
         password_file=broker_password_file,
+        broker_hostname=broker_host,
         broker_port=broker_port,
         report=report,
         tell=_tell_progress,

@@ -31,6 +31,7 @@ def run_simulation(
     *,
     broker: str = "auto",
     password_file: Path | None = None,
+    broker_hostname: str = "127.0.0.1",
     broker_port: int = DEFAULT_PORT,
     report: Path | None = None,
     stop: threading.Event | None = None,
@@ -42,7 +43,8 @@ def run_simulation(
         config: the fleet.
         broker: HOST:PORT, a URL, or a kind of broker to start here.
         password_file: its first line is the password for that URL.
-        broker_port: of a broker started here; 0: any free one.
+        broker_hostname: the address that a broker started here listens on.
+        broker_port: its port; 0: any free one.
         report: where the report is written, as JSON.
         stop: ends it.
         tell: gets lines for a person.
@@ -63,7 +65,7 @@ def run_simulation(
         raise MonitorError(f"--report {report}: {report.parent} is no directory; make it first")
     with ExitStack() as stack:
         if choice is None:
-            running = stack.enter_context(start_broker(broker, port=broker_port))
+            running = stack.enter_context(start_broker(broker, broker_hostname, broker_port))
             choice = BrokerChoice(url=f"mqtt://{running.address}")
             tell(f"broker {running.address} ({running.kind}); see it with: fieldvit monitor --broker {choice.url}")
         address = choice.address()

@@ -293,6 +293,15 @@ def test_a_broker_is_started_where_none_is_given(capsys: pytest.CaptureFixture[s
     assert "see it with: fieldvit monitor --broker mqtt://127.0.0.1:" in wrote
 
 
+def test_a_mistake_of_ours_ends_it_with_its_cause(broker: BrokerAddress, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a window")
+
+    monkeypatch.setattr("host.simulate.window.Windows.measure", fail)
+    with pytest.raises(ZeroDivisionError, match="a window"):
+        run_simulation(SimulationConfig(devices=2, interval_s=0.2, duration_s=5.0, timing=QUICK), broker=str(broker))
+
+
 def wrong(*words: str, says: str) -> Any:
     return pytest.param(words, says, id=words[-1])
 
