@@ -31,10 +31,10 @@ from bench.record import Row
 from bench.sources import digest_of
 from host.errors import BenchError
 from host.fleet.repository import UpdateRepository
+from host.monitor.rollout.engine import is_over
+from host.monitor.rollout.journal import Journal
+from host.monitor.rollout.plan import Limits, Plan, parse_stages
 from host.monitor.store import open_store
-from host.rollout.engine import is_over
-from host.rollout.journal import Journal
-from host.rollout.plan import Limits, Plan, parse_stages
 from tests.support.broker import mosquitto
 from tests.support.tiny_bundle import convert_tiny_model, write_bundle
 
@@ -54,7 +54,13 @@ SCENARIOS = {
     "drifts once confirmed": "bad-model=1:2:drift",
     "slow on one board of five": "bad-model=0.2:2:latency",
 }
-CODE = ("bench.rollouts", "host.rollout.engine", "host.rollout.decide", "host.rollout.sight", "host.simulate.run")
+CODE = (
+    "bench.rollouts",
+    "host.monitor.rollout.engine",
+    "host.monitor.rollout.decide",
+    "host.monitor.rollout.sight",
+    "host.simulate.run",
+)
 ROOT = Path(__file__).parents[1]
 
 

@@ -243,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     except DeviceError as error:
         print(_ERROR + " ".join(str(error).split()), file=sys.stderr)  # one line: the parent reads it
         return error.exit_code
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     print(json.dumps(asdict(result)) if arguments.json else "\n".join(report_lines(result)))
     return 0
 

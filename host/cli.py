@@ -22,10 +22,10 @@ from device.contract.topics import DeviceId
 from host.cli_monitor import STORE, StoreOption, monitor_app, require_no_options
 from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
+from host.cli_rollout import ROLLOUTS, rollout_app
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
 from host.monitor.retention import Retention
-from host.rollout.verbs import ROLLOUTS, rollout_app
 from host.table import print_table as _print_table
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def monitor(
     ] = None,
     rollouts: Annotated[Path, typer.Option(help="Where rollouts are kept, which are carried on here.")] = ROLLOUTS,
     alerts: Annotated[
-        Path | None, typer.Option(help="Rules for alerts, TOML, as host/alerts/rules.py shows; without, ours.")
+        Path | None, typer.Option(help="Rules for alerts, TOML, as host/monitor/alerts/rules.py shows; without, ours.")
     ] = None,
     keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = KEPT.telemetry_days,
     keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = KEPT.minutes_days,

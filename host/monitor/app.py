@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from host.alerts.conditions import Expiry
-from host.alerts.rules import load_alerts
-from host.alerts.service import AlertService
 from host.errors import MonitorError
 from host.fleet.commands import Commander
+from host.monitor.alerts.conditions import Expiry
+from host.monitor.alerts.rules import load_alerts
+from host.monitor.alerts.service import AlertService
 from host.monitor.broker import (
     DEFAULT_PORT,
     KINDS,
@@ -28,9 +28,9 @@ from host.monitor.broker import (
 from host.monitor.hub import Hub
 from host.monitor.ingest import Ingest
 from host.monitor.retention import Retention, forgetting
+from host.monitor.rollout.engine import Engine, Order
 from host.monitor.store import Store, is_url, open_store
 from host.monitor.web import LOOPBACK, create_app, serve_page
-from host.rollout.engine import Engine, Order
 
 CHECK_S = 0.5
 STOP_S = 2.0

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from device.contract.records import to_table
-from host.rollout.engine import open_journals
-from host.rollout.journal import Journal
+from host.monitor.rollout.engine import open_journals
+from host.monitor.rollout.journal import Journal
 
 SHOWN = 30
 SHOWN_ENTRIES = 60

@@ -28,8 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from device.contract.errors import MessageError
 from device.contract.topics import DeviceId
-from host.alerts.service import AlertService
 from host.errors import MonitorError
+from host.monitor.alerts.service import AlertService
 from host.monitor.broker import bind_port
 from host.monitor.hub import Hub
 from host.monitor.rollouts_view import rollouts_view

@@ -1,6 +1,7 @@
 """Packed weights come from a file that belongs to this very model, and are packed again where it does not."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,7 @@ def test_what_the_agent_will_serve_with_a_cache_is_tested_with_one(
     assert not asked[0].exists()
     monkeypatch.setattr(CachedEngine, "features", lambda engine, _: np.zeros(engine._dim, np.float32))
     assert selftest(arguments) == ArtifactError.exit_code
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # a caller that lives on is not ended later
     assert "golden features differ" in capsys.readouterr().err
 
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from device.contract.messages import Event, State
 from device.contract.topics import DeviceId
-from host.alerts.conditions import Expiry, conditions
-from host.alerts.rules import DEFAULT, AlertConfig, Rule, load_alerts
-from host.alerts.service import AlertService
-from host.alerts.tracker import BEGUN, CALM_S, OVER, Notice, Tracker
-from host.alerts.webhook import cloud_event, post
 from host.errors import MonitorError
 from host.fleet.site import SiteSettings, create_site
+from host.monitor.alerts.conditions import Expiry, conditions
+from host.monitor.alerts.rules import DEFAULT, AlertConfig, Rule, load_alerts
+from host.monitor.alerts.service import AlertService
+from host.monitor.alerts.tracker import BEGUN, CALM_S, OVER, Notice, Tracker
+from host.monitor.alerts.webhook import cloud_event, post
 from host.monitor.app import _certificates
 from host.monitor.rows import DeviceRow, EventRow
 from host.monitor.store import open_store

@@ -13,8 +13,8 @@ import pytest
 from device.contract.messages import Event, ModelState, State, Telemetry, encode_event, encode_state, encode_telemetry
 from device.contract.topics import DeviceId
 from host.monitor.app import MonitorConfig, Ready, run_monitor
-from host.rollout.journal import Entry, Journal
-from host.rollout.plan import Plan
+from host.monitor.rollout.journal import Entry, Journal
+from host.monitor.rollout.plan import Plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -18,11 +18,11 @@ from device.contract.commands import is_command_id
 from device.contract.messages import Command, Event, ModelState, Reply, State, Telemetry
 from device.contract.topics import DeviceId
 from host.errors import FleetError
+from host.monitor.rollout.decide import command_id
+from host.monitor.rollout.engine import Engine, Order, is_over
+from host.monitor.rollout.journal import Entry, Journal
+from host.monitor.rollout.plan import Limits, Plan, Stage, parse_stages
 from host.monitor.store import Store, open_store
-from host.rollout.decide import command_id
-from host.rollout.engine import Engine, Order, is_over
-from host.rollout.journal import Entry, Journal
-from host.rollout.plan import Limits, Plan, Stage, parse_stages
 
 OLD, NEW = 1, 2
 STEP_S = 30.0

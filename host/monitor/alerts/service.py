@@ -14,11 +14,11 @@ from typing import Any
 
 from device.contract.files import write_atomic
 from device.contract.topics import DeviceId
-from host.alerts.conditions import Expiry, conditions
-from host.alerts.rules import AlertConfig
-from host.alerts.tracker import Notice, Tracker
-from host.alerts.webhook import post
 from host.errors import HostError, MonitorError
+from host.monitor.alerts.conditions import Expiry, conditions
+from host.monitor.alerts.rules import AlertConfig
+from host.monitor.alerts.tracker import Notice, Tracker
+from host.monitor.alerts.webhook import post
 from host.monitor.rows import EventRow
 from host.monitor.store import Store
 

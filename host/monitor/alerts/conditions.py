@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from device.contract.topics import DeviceId
-from host.alerts.rules import KINDS, Rule
+from host.monitor.alerts.rules import KINDS, Rule
 from host.monitor.rows import DeviceRow, EventRow
 from host.monitor.views import shown_status
 

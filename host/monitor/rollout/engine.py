@@ -14,11 +14,11 @@ from device.contract.errors import BrokerError
 from device.contract.messages import Command
 from device.contract.topics import DeviceId
 from host.errors import FleetError, MonitorError
+from host.monitor.rollout.decide import decide
+from host.monitor.rollout.journal import PLAN, Entry, Journal, Progress, parse_device
+from host.monitor.rollout.plan import Plan
+from host.monitor.rollout.sight import Sight, look
 from host.monitor.store import Store
-from host.rollout.decide import decide
-from host.rollout.journal import PLAN, Entry, Journal, Progress, parse_device
-from host.rollout.plan import Plan
-from host.rollout.sight import Sight, look
 
 LOOK_S = 2.0
 ORDERS = {"asked": "update", "revert": "rollback"}

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from device.contract.topics import DeviceId
-from host.rollout.journal import Board, Entry, Progress, parse_device
-from host.rollout.plan import Limits, Plan
-from host.rollout.sight import Sight
+from host.monitor.rollout.journal import Board, Entry, Progress, parse_device
+from host.monitor.rollout.plan import Limits, Plan
+from host.monitor.rollout.sight import Sight
 
 SETTLED = ("done", "failed", "reverted", "stuck")
 ATTEMPTS_APART_S = 60.0

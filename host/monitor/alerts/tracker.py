@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from host.alerts.rules import AlertConfig, Rule
+from host.monitor.alerts.rules import AlertConfig, Rule
 
 CALM_S = 60.0
 BEGUN, OVER = "firing", "resolved"

@@ -45,8 +45,8 @@ def start(
     """Begin to bring a published bundle to boards, stage by stage."""
     from device.contract.bundle import read_manifest
     from host.errors import FleetError
-    from host.rollout.journal import Journal
-    from host.rollout.plan import Limits, Plan, parse_stages
+    from host.monitor.rollout.journal import Journal
+    from host.monitor.rollout.plan import Limits, Plan, parse_stages
 
     if not bundle.is_file():
         raise FleetError(f"{bundle}: no such bundle; 'fieldvit export' makes one")
@@ -81,7 +81,7 @@ def start(
 @rollout_app.command("list", epilog="Example: fieldvit rollout list")
 def list_all(rollouts: RootOption = ROLLOUTS, as_json: JsonOption = False) -> None:
     """All rollouts, the newest first."""
-    from host.rollout.engine import open_journals
+    from host.monitor.rollout.engine import open_journals
 
     rows = [_summary(journal) for journal in reversed(open_journals(rollouts))]
     columns = ("rollout", "release", "status", "told", "done", "failed", "stage")
@@ -93,8 +93,8 @@ def list_all(rollouts: RootOption = ROLLOUTS, as_json: JsonOption = False) -> No
 def show(name: IdArgument, rollouts: RootOption = ROLLOUTS, as_json: JsonOption = False) -> None:
     """How one goes, board by board, and what happened when."""
     from device.contract.records import to_table
-    from host.rollout.engine import words
-    from host.rollout.journal import Journal
+    from host.monitor.rollout.engine import words
+    from host.monitor.rollout.journal import Journal
 
     journal = Journal(rollouts / name)
     entries = journal.entries()
@@ -134,7 +134,7 @@ def _name_of(model: str, release: int, now: float) -> str:
 
 def _say(root: Path, name: str, kind: str, why: str, *, allowed: tuple[str, ...]) -> None:
     from host.errors import FleetError
-    from host.rollout.journal import Entry, Journal
+    from host.monitor.rollout.journal import Entry, Journal
 
     journal = Journal(root / name)
     status = journal.progress.status

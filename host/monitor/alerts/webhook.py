@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from host.alerts.tracker import Notice
 from host.errors import MonitorError
+from host.monitor.alerts.tracker import Notice
 
 TIMEOUT_S = 10.0
 MAX_BOARDS = 100

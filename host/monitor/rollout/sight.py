@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from device.contract.topics import DeviceId
+from host.monitor.rollout.journal import Board
+from host.monitor.rollout.plan import Plan
 from host.monitor.rows import DeviceRow, EventRow
 from host.monitor.store import Store
 from host.monitor.views import shown_status
-from host.rollout.journal import Board
-from host.rollout.plan import Plan
 
 BEFORE_S = 3600.0
 """How far back the model before is looked at."""

@@ -18,7 +18,7 @@ from device.contract.files import write_atomic
 from device.contract.records import from_table, to_table
 from device.contract.topics import DeviceId
 from host.errors import FleetError
-from host.rollout.plan import Plan
+from host.monitor.rollout.plan import Plan
 
 PLAN, JOURNAL = "plan.json", "journal.jsonl"
 KINDS = (
