@@ -19,7 +19,7 @@ from host.cli import main
 from host.fleet.repository import UpdateRepository
 from host.monitor.broker import BrokerAddress, bind_port, find_mosquitto, start_broker
 from host.simulate.config import SimulationConfig
-from host.simulate.faults import parse_fault
+from host.simulate.faults import STORM_S, parse_fault
 from host.simulate.run import run_simulation, summary
 from tests.support.broker import mosquitto
 from tests.support.bundles import make_manifest, write_plain_bundle
@@ -87,6 +87,7 @@ def test_fifty_boards_with_every_fault_lose_nothing_uncounted_and_answer_once(
         operating(broker, SITE) as operator,
         simulating(config, broker) as running,
     ):
+        began = time.monotonic()
         wait_until(lambda: len(watched.store.devices()) == 50)
         publish(repository, 2)
         for name in names:
@@ -101,7 +102,7 @@ def test_fifty_boards_with_every_fault_lose_nothing_uncounted_and_answer_once(
         ]
         expected = {(name, pattern.format(name)) for name in names for pattern in ids}
         wait_until(lambda: operator.replies.keys() >= expected)
-        time.sleep(1)  # storms end, models soak
+        time.sleep(max(began + 2 + STORM_S + 1 - time.monotonic(), 1))  # storms end, models soak
         report = running.end()
         assert operator.replies.keys() == expected
         assert all(len(set(map(repr, replies))) == 1 for replies in operator.replies.values())
