@@ -22,6 +22,7 @@ from device.contract.board import Board
 from device.contract.bundle import verify_directory
 from device.contract.manifest import Manifest
 from device.last_run import begin_run, last_crash
+from device.memory import give_back
 from device.slots import Slots
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Opening:
             with _ended_if_it_hangs():
                 self.finish()
                 self._answer_first()
+            give_back()  # what was read and computed on the way
 
     def finish(self) -> None:
         """Load the model if that was not done; `serving.model` is None where none could be loaded."""
