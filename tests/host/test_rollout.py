@@ -18,10 +18,11 @@ from device.contract.commands import is_command_id
 from device.contract.messages import Command, Event, ModelState, Reply, State, Telemetry
 from device.contract.topics import DeviceId
 from host.errors import FleetError
-from host.monitor.rollout.decide import command_id
+from host.monitor.rollout.decide import MAX_REVERTS, command_id
 from host.monitor.rollout.engine import Engine, Order, is_over
 from host.monitor.rollout.journal import Entry, Journal
 from host.monitor.rollout.plan import Limits, Plan, Stage, parse_stages
+from host.monitor.rollouts_view import rollouts_view
 from host.monitor.store import Store, open_store
 
 OLD, NEW = 1, 2
@@ -31,7 +32,7 @@ MODELS = {
     release: ModelState(name="m", version=f"{release}.0.0", release=release, precision="int8", backbone=f"b{release}")
     for release in (OLD, NEW, 3)
 }
-KINDS = ("good", "refuses", "falls back", "slow", "errs", "drifts", "busy once")
+KINDS = ("good", "refuses", "would forget", "falls back", "slow", "errs", "drifts", "busy once")
 
 
 @dataclass
@@ -56,8 +57,9 @@ class FakeBoard:
         if not self.is_online:
             return
         for command in self.queue:
-            if command.id not in self.obeyed and now <= command.expires:
-                self.obeyed[command.id] = self._obey(command, store, now)
+            if command.id not in self.obeyed:
+                expired = Reply(id=command.id, ok=False, error="expired 5 s ago by this board's clock; send it again")
+                self.obeyed[command.id] = expired if now > command.expires else self._obey(command, store, now)
                 store.record_reply(self.device, self.obeyed[command.id], received=now)
         self.queue.clear()
         if self.confirmed_at is not None and now >= self.confirmed_at:
@@ -75,12 +77,16 @@ class FakeBoard:
             return Reply(id=command.id, ok=True)
         assert command.arguments == {"channel": "canary"}
         if self.kind == "busy once" and not self.obeyed:
+            self._say(store, "refused", now, release=None, reason="busy", detail="a model is in testing")
             return Reply(id=command.id, ok=False, error="busy: a model is in testing")
         if self.release == NEW:
             return Reply(id=command.id, ok=True, result={"updated": False})
         if self.kind == "refuses":
             self._say(store, "refused", now, reason="selftest", detail="golden features differ")
             return Reply(id=command.id, ok=False, error="golden features differ")
+        if self.kind == "would forget":
+            self._say(store, "refused", now, release=None, reason="learned-loss", detail="it would drop 'ripe'")
+            return Reply(id=command.id, ok=False, error="it would drop 'ripe'")
         self._say(store, "installed", now)
         if self.kind == "falls back":
             self._say(store, "rolled-back", now, reason="budget", detail="too slow")
@@ -91,9 +97,8 @@ class FakeBoard:
 
     def _say(self, store: Store, kind: str, now: float, **data: object) -> None:
         self.sequence += 1
-        event = Event(
-            kind=kind, boot=self.device.device, sequence=self.sequence, time=now, data={"release": NEW, **data}
-        )
+        about = {name: value for name, value in {"release": NEW, **data}.items() if value is not None}
+        event = Event(kind=kind, boot=self.device.device, sequence=self.sequence, time=now, data=about)
         store.record_event(self.device, event, received=now)
 
     def _measure(self, store: Store, now: float) -> None:
@@ -197,7 +202,7 @@ def test_a_good_release_reaches_all_stage_by_stage(world):
     assert not fleet.told("rollback")
 
 
-@pytest.mark.parametrize("kind", ["refuses", "falls back", "slow", "errs", "drifts"])
+@pytest.mark.parametrize("kind", ["refuses", "would forget", "falls back", "slow", "errs", "drifts"])
 def test_a_bad_release_reaches_the_canary_alone(world, kind):
     fleet = world([kind] * 20)
     fleet.start()
@@ -274,7 +279,7 @@ def test_boards_that_are_away_pause_it_and_a_person_goes_on(world):
         board.is_online = False
     fleet.go_on(40, until="paused")
     assert fleet.status == "paused"
-    assert "5 of 10 boards are done" in fleet.journal().progress.reason
+    assert "5 of 10 boards are done with stage 1, 5 have not taken it" in fleet.journal().progress.reason
     assert len(fleet.told("update")) == 10
     for board in fleet.boards.values():
         board.is_online = True
@@ -282,6 +287,73 @@ def test_boards_that_are_away_pause_it_and_a_person_goes_on(world):
     journal.append(Entry(time=fleet.now, kind="resumed", by="ada"))
     fleet.go_on(40, until="finished")
     assert (fleet.status, fleet.serving(NEW)) == ("finished", 10)
+
+
+def test_a_board_that_slept_over_its_command_is_no_failure(world):
+    """The broker kept the command for it; it answers that this has expired."""
+    fleet = world(["good"] * 10)
+    fleet.start(stages=(Stage(share=1.0),), limits=replace(LIMITS, min_done=0.5, max_failed=0.0))
+    fleet.engine.step()
+    asleep = next(iter(fleet.boards.values()))
+    asleep.is_online = False
+    fleet.go_on(19)
+    assert fleet.status == "running"
+    asleep.is_online = True
+    fleet.now += 2 * STEP_S
+    fleet.live()
+    assert [reply.ok for reply in asleep.obeyed.values()] == [False]
+    fleet.go_on(3)
+    assert (fleet.status, fleet.journal().progress.count("failed")) == ("finished", 0)
+
+
+def test_a_board_that_slept_over_its_way_back_goes_back_when_it_wakes(world):
+    fleet = world(["good"] * 3)
+    fleet.start(stages=(Stage(share=1.0),), limits=replace(LIMITS, patience_s=300.0))
+    fleet.go_on(3)
+    for board in fleet.boards.values():
+        assert board.release == NEW
+        board.is_online = False
+    Journal(fleet.root / "r1").append(Entry(time=fleet.now, kind="aborted", by="ada"))
+    fleet.go_on(30)  # the commands to go back expire at the broker
+    for board in fleet.boards.values():
+        board.is_online = True
+    fleet.go_on(10)
+    assert fleet.serving(NEW) == 0
+    assert is_over(fleet.journal().progress, now=fleet.now)
+
+
+def test_a_board_that_will_not_go_back_is_named_in_the_end(world, monkeypatch):
+    fleet = world(["good"] * 2)
+    fleet.start(stages=(Stage(share=1.0),))
+    fleet.go_on(4)
+    for board in fleet.boards.values():
+        monkeypatch.setattr(board, "_obey", lambda command, *_: Reply(id=command.id, ok=False, error="no way back"))
+    Journal(fleet.root / "r1").append(Entry(time=fleet.now, kind="aborted", by="ada"))
+    fleet.go_on(40)
+    progress = fleet.journal().progress
+    assert [(board.state, board.detail) for board in progress.boards.values()] == [("stuck", "no way back")] * 2
+    assert len(fleet.sent) == 2 + 2 * MAX_REVERTS
+    assert is_over(progress, now=fleet.now)
+
+
+def test_a_board_that_never_answers_does_not_keep_a_rollout_open(world):
+    fleet = world(["good"] * 10)
+    fleet.start(stages=(Stage(share=1.0),))
+    fleet.engine.step()
+    next(iter(fleet.boards.values())).is_online = False
+    fleet.go_on(60, until="finished")
+    assert (fleet.status, fleet.serving(NEW)) == ("finished", 9)
+
+
+def test_a_damaged_rollout_does_not_stop_the_others(world, caplog):
+    fleet = world(["good"] * 3)
+    (fleet.root / "a-broken").mkdir(parents=True)
+    (fleet.root / "a-broken" / "plan.json").write_text("{")
+    fleet.start()
+    fleet.go_on(60, until="finished")
+    assert fleet.serving(NEW) == 3
+    assert "a-broken" in caplog.text
+    assert [view["id"] for view in rollouts_view(fleet.root)] == ["r1"]
 
 
 def test_a_board_that_joins_late_has_its_turn(world):

@@ -73,7 +73,7 @@ def _certificates(rule: Rule, expiries: list[Expiry], now: float) -> Mapping[tup
     found = {}
     for item in expiries:
         days = (item.expires - now) / 86400
-        if days < rule.above and (not rule.only or any(item.owner == pattern for pattern in rule.only)):
+        if days < rule.above and (not rule.only or item.owner in rule.only):
             found[rule.name, item.owner] = (
                 f"certificate ends in {days:.1f} days" if days > 0 else "certificate has ended"
             )

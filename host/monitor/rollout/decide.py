@@ -18,9 +18,9 @@ from host.monitor.rollout.sight import Sight
 
 SETTLED = ("done", "failed", "reverted", "stuck")
 ATTEMPTS_APART_S = 60.0
-"""A board that could not take a command for a passing reason is told again after this time."""
-PASSING = ("busy", "testing", "no room", "disk", "source", "interrupted")
-"""Beginnings or parts of refusals that say nothing about the release."""
+"""A board that said no, for whatever passes, or whose command expired is told again after this time."""
+MAX_REVERTS = 5
+"""A board that says no so often to going back will not: a person must look at it."""
 
 
 def decide(plan: Plan, progress: Progress, sights: Mapping[DeviceId, Sight], *, now: float) -> list[Entry]:
@@ -62,11 +62,7 @@ def _news(plan: Plan, name: str, board: Board, sight: Sight, now: float) -> Entr
     if board.state == "done":
         return None
     if board.state == "asked":
-        if sight.confirmed:
-            return Entry(time=now, kind="confirmed", device=name)
-        if sight.reply and not sight.installed and not _is_passing(sight.reply):
-            return Entry(time=now, kind="failed", device=name, reason="refused", detail=sight.reply)
-        return None
+        return Entry(time=now, kind="confirmed", device=name) if sight.confirmed else None
     if trouble := _trouble(plan.limits, sight):
         return Entry(time=now, kind="failed", device=name, reason="health", detail=trouble)
     if sight.release != plan.release:
@@ -78,18 +74,14 @@ def _news(plan: Plan, name: str, board: Board, sight: Sight, now: float) -> Entr
 
 def _trouble(limits: Limits, sight: Sight) -> str:
     found = (
-        ("latency", "times the latency before", sight.latency_ratio, limits.max_latency_ratio),
-        ("errors", "of the frames fail", sight.error_share, limits.max_error_share),
-        ("drift", "standard deviations of drift", sight.drift, limits.max_drift),
+        ("times the latency before", sight.latency_ratio, limits.max_latency_ratio),
+        ("of the frames fail", sight.error_share, limits.max_error_share),
+        ("standard deviations of drift", sight.drift, limits.max_drift),
     )
-    for _, words, value, limit in found:
+    for words, value, limit in found:
         if value is not None and value > limit:
             return f"{value:.3g} {words}, {limit:g} is allowed"
     return ""
-
-
-def _is_passing(reply: str) -> bool:
-    return any(word in reply for word in PASSING)
 
 
 def _reason_to_abort(plan: Plan, progress: Progress) -> str:
@@ -113,13 +105,21 @@ def _forward(plan: Plan, progress: Progress, sights: Mapping[DeviceId, Sight], n
     is_enough = done >= math.ceil(plan.limits.min_done * len(boards))
     if all(board.state in SETTLED for board in boards) or now - progress.stage_since > plan.limits.patience_s:
         if not is_enough:
-            away = sum(board.state == "asked" for board in boards)
-            reason = f"{done} of {len(boards)} boards are done with stage {progress.stage + 1}, {away} did not answer"
-            yield Entry(time=now, kind="paused", reason=reason)
+            yield Entry(time=now, kind="paused", reason=_why_paused(progress, members, sights))
         elif progress.stage + 1 < len(plan.stages):
             yield Entry(time=now, kind="stage", stage=progress.stage + 1)
-        elif all(board.state in SETTLED for board in progress.boards.values()):
+        else:  # who is still away gets it from the channel that it follows
             yield Entry(time=now, kind="finished")
+
+
+def _why_paused(progress: Progress, members: list[str], sights: Mapping[DeviceId, Sight]) -> str:
+    told = [name for name in members if name in progress.boards]
+    open_ = [name for name in told if progress.boards[name].state == "asked"]
+    said = next((f"; {name} said: {no}" for name in open_ if (no := sights[parse_device(name)].no)), "")
+    done = sum(progress.boards[name].state == "done" for name in told)
+    return (
+        f"{done} of {len(told)} boards are done with stage {progress.stage + 1}, {len(open_)} have not taken it{said}"
+    )
 
 
 def _asks(plan: Plan, progress: Progress, sights: Mapping[DeviceId, Sight], now: float) -> Iterator[Entry]:
@@ -136,9 +136,11 @@ def _has_newer(plan: Plan, sight: Sight) -> bool:
 
 
 def _is_to_be_asked_again(board: Board, sight: Sight, now: float) -> bool:
-    is_refused = sight.is_answered and _is_passing(sight.reply)
-    is_due = (is_refused or now > board.expires) and now - board.since >= ATTEMPTS_APART_S
-    return sight.is_online and not sight.installed and is_due
+    return sight.is_online and not sight.installed and _is_due_again(board, sight, now)
+
+
+def _is_due_again(board: Board, sight: Sight, now: float) -> bool:
+    return bool(sight.no or now > board.expires) and now - board.since >= ATTEMPTS_APART_S
 
 
 def _ask(plan: Plan, name: str, number: int, now: float) -> Entry:
@@ -158,10 +160,11 @@ def _reverts(plan: Plan, progress: Progress, sights: Mapping[DeviceId, Sight], n
         elif board.state != "revert":
             if board.state != "stuck":
                 yield _revert(plan, name, board, now)
-        elif sight.reply:
-            yield Entry(time=now, kind="stuck", device=name, reason="rollback", detail=sight.reply)
-        elif sight.is_online and now > board.expires:
-            yield _revert(plan, name, board, now)
+        elif sight.is_online and _is_due_again(board, sight, now):
+            if sight.no and _number(board) >= MAX_REVERTS:
+                yield Entry(time=now, kind="stuck", device=name, reason="rollback", detail=sight.no)
+            else:
+                yield _revert(plan, name, board, now)
 
 
 def _revert(plan: Plan, name: str, board: Board, now: float) -> Entry:

@@ -7,7 +7,8 @@ is written down but may not have been sent is sent again; boards obey a command'
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from device.contract.errors import BrokerError
@@ -48,29 +49,28 @@ class Engine:
     def run(self, stop: threading.Event) -> None:
         """Look every few seconds until `stop`; what goes wrong is logged, and tried again."""
         while not stop.wait(LOOK_S):
-            try:
-                self.step()
-            except (FleetError, MonitorError, BrokerError) as error:
-                log.error("rollouts: %s", error)
-            except Exception:  # one rollout's trouble must not end the others, nor the monitor
-                log.exception("rollouts: unexpected error; going on")
+            self.step()
 
     def step(self) -> None:
-        """One look at every rollout."""
-        self._find_new()
-        for journal in self._journals.values():
-            journal.refresh()
-            if not is_over(journal.progress, now=self._clock()):
-                self._step(journal)
-        self._send_unsent()
-
-    def _find_new(self) -> None:
+        """One look at every rollout; the trouble of one does not keep the others from going on."""
         for directory in _directories(self._root):
-            if directory.name not in self._journals:
-                journal = self._journals[directory.name] = Journal(directory)
-                for name, board in journal.progress.boards.items():  # perhaps written down, and never sent
-                    if board.state in ORDERS and board.expires > self._clock():
-                        self._note(journal.plan, name, board.state, board.command, board.expires)
+            with _logged(f"rollout {directory.name}"):
+                self._look_at(directory)
+        with _logged("rollouts"):
+            self._send_unsent()
+
+    def _look_at(self, directory: Path) -> None:
+        journal = self._journals.get(directory.name) or self._opened(directory)
+        journal.refresh()
+        if not is_over(journal.progress, now=self._clock()):
+            self._step(journal)
+
+    def _opened(self, directory: Path) -> Journal:
+        journal = self._journals[directory.name] = Journal(directory)
+        for name, board in journal.progress.boards.items():  # perhaps written down, and never sent
+            if board.state in ORDERS and board.expires > self._clock():
+                self._note(journal.plan, name, board.state, board.command, board.expires)
+        return journal
 
     def _step(self, journal: Journal) -> None:
         now, plan = self._clock(), journal.plan
@@ -101,9 +101,24 @@ class Engine:
             self._unsent.clear()
 
 
+@contextmanager
+def _logged(name: str) -> Iterator[None]:
+    """What goes wrong inside is logged, and tried again at the next look."""
+    try:
+        yield
+    except (FleetError, MonitorError, BrokerError) as error:
+        log.error("%s: %s", name, error)
+    except Exception:  # what a part did not foresee must not end the monitor
+        log.exception("%s: unexpected error; going on", name)
+
+
 def open_journals(root: Path) -> list[Journal]:
-    """All rollouts, oldest first; FleetError names one that is damaged."""
-    return sorted((Journal(directory) for directory in _directories(root)), key=lambda journal: journal.plan.created)
+    """All rollouts, oldest first; one that is damaged is left out, and logged."""
+    journals = []
+    for directory in _directories(root):
+        with _logged(f"rollout {directory.name}"):
+            journals.append(Journal(directory))
+    return sorted(journals, key=lambda journal: journal.plan.created)
 
 
 def _directories(root: Path) -> list[Path]:

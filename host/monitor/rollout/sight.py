@@ -12,6 +12,8 @@ from host.monitor.views import shown_status
 BEFORE_S = 3600.0
 """How far back the model before is looked at."""
 EVENTS = 100
+PASSING = frozenset({"busy", "disk", "interrupted", "slow", "unreachable", "window", "rollback"})
+"""Reasons of refusals that say nothing about the release. `rollback`: the board's own channel is behind what it was told to take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +25,8 @@ class Sight:
         release: what it serves; None: nothing, or it was never heard of.
         installed: it has the release on probation, or has had.
         confirmed: it has the release for good.
-        refusal: why it does not have it, or not any more; "" while there is nothing of that kind.
-        reply: its answer to the last command was no; "" without.
-        is_answered: there is an answer.
+        refusal: why it does not have it, or not any more, by its events; "" while there is nothing of that kind.
+        no: its answer to the last command, if that was no. It may be for a reason that passes: only events speak of the release.
         latency_ratio: median frame latency with the release, to that before; None where one of them is not known.
         error_share: of frames since it was confirmed; None without frames.
         drift: the largest since then.
@@ -37,8 +38,7 @@ class Sight:
     installed: bool = False
     confirmed: bool = False
     refusal: str = ""
-    reply: str = ""
-    is_answered: bool = False
+    no: str = ""
     latency_ratio: float | None = None
     error_share: float | None = None
     drift: float | None = None
@@ -55,7 +55,7 @@ def look(store: Store, plan: Plan, row: DeviceRow, board: Board | None, *, now: 
     if board is None:
         return seen
     events = [event for event in store.events(row.device, limit=EVENTS) if event.received >= board.asked]
-    mine = [event for event in events if event.event.data.get("release") == plan.release]
+    mine = [event for event in events if event.event.data.get("release", plan.release) == plan.release]
     is_confirmed = _has(mine, "confirmed") and seen.release == plan.release
     answer = store.reply(row.device, board.command) if board.command else None
     figures = _figures(store, row, board, now) if board.confirmed else {}
@@ -66,8 +66,7 @@ def look(store: Store, plan: Plan, row: DeviceRow, board: Board | None, *, now: 
         installed=_has(mine, "installed") or is_confirmed,
         confirmed=is_confirmed or (seen.release == plan.release and board.confirmed > 0),
         refusal=_refusal(mine),
-        reply="" if answer is None or answer.ok else answer.error or "no reason given",
-        is_answered=answer is not None,
+        no="" if answer is None or answer.ok else answer.error or "no reason given",
         **figures,
     )
 
@@ -80,8 +79,9 @@ def _refusal(events: list[EventRow]) -> str:
     for event in events:  # newest first: a confirmation after a refusal is the last word
         if event.event.kind in ("confirmed", "installed"):
             return ""
-        if event.event.kind in ("rolled-back", "refused"):
-            data = event.event.data
+        data = event.event.data
+        is_about_it = "release" in data or data.get("reason") not in PASSING  # what was tested names its release
+        if event.event.kind in ("rolled-back", "refused") and is_about_it:
             return f"{data.get('reason', '')}: {data.get('detail', '')}".strip(": ")
     return ""
 
