@@ -19,14 +19,16 @@ import typer
 
 from device.contract.errors import DeviceError
 from device.contract.topics import DeviceId
-from host.cli_monitor import STORE, StoreOption, monitor_app, require_no_options
+from host.cli_monitor import BROKER_HELP, monitor_app
 from host.cli_publish import KEYS, KeysOption, publish_app, read_passphrase
 from host.cli_publish import REPO as UPDATES
-from host.cli_rollout import ROLLOUTS, rollout_app
+from host.cli_rollout import rollout_app
+from host.cli_simulate import EXAMPLE as SIMULATE_EXAMPLE
+from host.cli_simulate import simulate
 from host.errors import FleetError, HostError, RecipeError
 from host.fleet.verbs import fleet_app
-from host.monitor.retention import Retention
 from host.table import print_table as _print_table
+from host.table import tell_progress
 
 if TYPE_CHECKING:
     from host.fleet.ssh import Remote
@@ -48,10 +50,7 @@ RepoOption = Annotated[Path, typer.Option("--repo", help="The update repository;
 SshKeyOption = Annotated[Path | None, typer.Option(help="ssh: the private key; else what ssh itself chooses.")]
 KnownHostsOption = Annotated[Path | None, typer.Option(help="ssh: file of host keys, instead of your own.")]
 BoardPythonOption = Annotated[str, typer.Option(help="ssh: the board's Python, 3.11 or later.")]
-BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
-FAULTS_HELP = "loss, drift, clock-skew, reboot-storm or spool-overflow=RATE[@SECONDS], bad-model=RATE:RELEASE:EFFECT."
 RUNS = Path("runs")
-KEPT = Retention()
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # Typer carries its own click and exports no public name for this class
 
@@ -313,119 +312,7 @@ def flash(
 
 
 app.add_typer(monitor_app, name="monitor")
-
-
-@monitor_app.callback(invoke_without_command=True)
-def monitor(
-    context: typer.Context,
-    store: StoreOption = STORE,
-    broker: Annotated[str, typer.Option(help=BROKER_HELP)] = "auto",
-    broker_password_file: Annotated[
-        Path | None, typer.Option(help="Its first line is the password for the broker given by URL.")
-    ] = None,
-    broker_host: Annotated[str, typer.Option(help="Address a broker started here listens on.")] = "127.0.0.1",
-    broker_port: Annotated[int, typer.Option(help="Port of a broker started here; 0 takes a free one.")] = 1883,
-    host: Annotated[str, typer.Option(help="Address the page listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.")] = 8080,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="Write addresses here, as JSON, once everything listens.")
-    ] = None,
-    site: Annotated[
-        Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
-    ] = None,
-    rollouts: Annotated[Path, typer.Option(help="Where rollouts are kept, which are carried on here.")] = ROLLOUTS,
-    alerts: Annotated[
-        Path | None, typer.Option(help="Rules for alerts, TOML, as host/monitor/alerts/rules.py shows; without, ours.")
-    ] = None,
-    keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = KEPT.telemetry_days,
-    keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = KEPT.minutes_days,
-    keep_hours: Annotated[float, typer.Option(help="Days to keep what each hour gave, and events.")] = KEPT.hours_days,
-) -> None:
-    """Ingest what boards report, carry rollouts on, and serve the page that shows it; starts a broker if none is given."""
-    if context.invoked_subcommand:
-        require_no_options(context)
-        return
-    from host.monitor.app import MonitorConfig, run_monitor
-
-    is_url = "://" in broker
-    config = MonitorConfig(
-        store=store,
-        broker=broker if is_url else None,
-        broker_password_file=broker_password_file,
-        site=site,
-        broker_kind="auto" if is_url else broker,
-        broker_hostname=broker_host,
-        broker_port=broker_port,
-        http_hostname=host,
-        http_port=port,
-        ready_file=ready_file,
-        rollouts=rollouts,
-        alerts=alerts,
-        retention=Retention(telemetry_days=keep_telemetry, minutes_days=keep_minutes, hours_days=keep_hours),
-    )
-    run_monitor(
-        config,
-        on_ready=lambda ready: print(f"page {ready.page}, broker {ready.broker} ({ready.broker_kind})", flush=True),
-    )
-
-
-@app.command(
-    epilog="Example: fieldvit simulate --devices 500 --broker 127.0.0.1:1883 --faults loss=0.02 --faults drift=0.1@60"
-)
-def simulate(
-    devices: Annotated[int, typer.Option(help="How many boards.", show_default=False)],
-    broker: Annotated[
-        str, typer.Option(help="HOST:PORT or a URL; else what is started here: auto, mosquitto or amqtt.")
-    ] = "auto",
-    broker_password_file: Annotated[
-        Path | None, typer.Option(help="Its first line is the password for the broker given by URL.")
-    ] = None,
-    broker_host: Annotated[str, typer.Option(help="Address a broker started here listens on.")] = "127.0.0.1",
-    broker_port: Annotated[int, typer.Option(help="Port of a broker started here; 0 takes a free one.")] = 1883,
-    site: Annotated[str, typer.Option(help="Site id of the boards.")] = "simulated",
-    board: Annotated[str, typer.Option(help="The boards' profile; see 'fieldvit boards'.")] = "generic-x86-64",
-    rate: Annotated[float, typer.Option(help="Seconds between two telemetry messages of a board.")] = 10.0,
-    duration: Annotated[float | None, typer.Option(help="Seconds; without it, until Ctrl-C.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of what the boards measure, and of who suffers what, when.")] = 0,
-    processes: Annotated[int, typer.Option(help="How many share the boards.")] = 1,
-    faults: Annotated[list[str] | None, typer.Option(help=FAULTS_HELP)] = None,
-    updates: Annotated[
-        Path | None, typer.Option(help="Update repository of 'fieldvit publish' that the boards follow.")
-    ] = None,
-    channel: Annotated[str, typer.Option(help="Its channel.")] = "stable",
-    report: Annotated[
-        Path | None, typer.Option(help="Write what each board sent, saw acknowledged and dropped, as JSON.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run a fleet of simulated boards against a real broker, with faults; starts a broker if none is given."""
-    from host.simulate.config import SimulationConfig
-    from host.simulate.faults import parse_fault
-    from host.simulate.run import run_simulation, summary
-
-    config = SimulationConfig(
-        devices=devices,
-        site=site,
-        board=board,
-        interval_s=rate,
-        duration_s=duration,
-        seed=seed,
-        processes=processes,
-        faults=tuple(map(parse_fault, faults or ())),
-        updates=updates,
-        channel=channel,
-    )
-    result = run_simulation(
-        config,
-        broker=broker,
-        password_file=broker_password_file,
-        broker_hostname=broker_host,
-        broker_port=broker_port,
-        report=report,
-        tell=_tell_progress,
-    )
-    shown = {name: value for name, value in result.items() if name != "boards"}
-    print(json.dumps(shown, indent=1) if as_json else summary(result))
+app.command(epilog=SIMULATE_EXAMPLE)(simulate)
 
 
 @app.command(epilog="Example: fieldvit command greenhouse/cam-1 set-sampling max_fps=5 --site sites/greenhouse")
@@ -646,11 +533,7 @@ def _remote(option: str, address: str, key: Path | None, known_hosts: Path | Non
     from host.fleet.ssh import Remote, Target
 
     target = Target.parse(address, option=option)
-    return Remote(target=target, key=key, known_hosts=known_hosts, python=python, tell=_tell_progress)
-
-
-def _tell_progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return Remote(target=target, key=key, known_hosts=known_hosts, python=python, tell=tell_progress)
 
 
 def _tell_flashed(root: Path, board: str, expires: datetime) -> None:

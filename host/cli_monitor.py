@@ -1,17 +1,75 @@
-"""The verbs of `fieldvit monitor` that work on its store: copies of it, and tables for others."""
+"""`fieldvit monitor`, and its verbs that work on its store: copies of it, and tables for others."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from host.cli_rollout import ROLLOUTS
 from host.errors import MonitorError
+from host.monitor.retention import Retention
 
+BROKER_HELP = "auto (mosquitto if installed, else embedded), mosquitto, amqtt, or mqtt://HOST:PORT."
+KEPT = Retention()
 STORE_HELP = "SQLite file that keeps what boards report, or postgresql://[USER@]HOST[:PORT]/DATABASE."
 STORE = "monitor.sqlite"
 StoreOption = Annotated[str, typer.Option("--store", help=STORE_HELP)]
 
 monitor_app = typer.Typer(epilog="Example: fieldvit monitor --store monitor.sqlite --port 8080")
+
+
+@monitor_app.callback(invoke_without_command=True)
+def monitor(
+    context: typer.Context,
+    store: StoreOption = STORE,
+    broker: Annotated[str, typer.Option(help=BROKER_HELP)] = "auto",
+    broker_password_file: Annotated[
+        Path | None, typer.Option(help="Its first line is the password for the broker given by URL.")
+    ] = None,
+    broker_host: Annotated[str, typer.Option(help="Address a broker started here listens on.")] = "127.0.0.1",
+    broker_port: Annotated[int, typer.Option(help="Port of a broker started here; 0 takes a free one.")] = 1883,
+    host: Annotated[str, typer.Option(help="Address the page listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.")] = 8080,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Write addresses here, as JSON, once everything listens.")
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="Directory of a site of 'fieldvit fleet init': its broker, as its monitor.")
+    ] = None,
+    rollouts: Annotated[Path, typer.Option(help="Where rollouts are kept, which are carried on here.")] = ROLLOUTS,
+    alerts: Annotated[
+        Path | None, typer.Option(help="Rules for alerts, TOML, as host/monitor/alerts/rules.py shows; without, ours.")
+    ] = None,
+    keep_telemetry: Annotated[float, typer.Option(help="Days to keep telemetry as it came.")] = KEPT.telemetry_days,
+    keep_minutes: Annotated[float, typer.Option(help="Days to keep what each minute gave.")] = KEPT.minutes_days,
+    keep_hours: Annotated[float, typer.Option(help="Days to keep what each hour gave, and events.")] = KEPT.hours_days,
+) -> None:
+    """Ingest what boards report, carry rollouts on, and serve the page that shows it; starts a broker if none is given."""
+    if context.invoked_subcommand:
+        _require_no_options(context)
+        return
+    from host.monitor.app import MonitorConfig, run_monitor
+
+    is_url = "://" in broker
+    config = MonitorConfig(
+        store=store,
+        broker=broker if is_url else None,
+        broker_password_file=broker_password_file,
+        site=site,
+        broker_kind="auto" if is_url else broker,
+        broker_hostname=broker_host,
+        broker_port=broker_port,
+        http_hostname=host,
+        http_port=port,
+        ready_file=ready_file,
+        rollouts=rollouts,
+        alerts=alerts,
+        retention=Retention(telemetry_days=keep_telemetry, minutes_days=keep_minutes, hours_days=keep_hours),
+    )
+    run_monitor(
+        config,
+        on_ready=lambda ready: print(f"page {ready.page}, broker {ready.broker} ({ready.broker_kind})", flush=True),
+    )
 
 
 @monitor_app.command(epilog="Example: fieldvit monitor export --parquet tables")
@@ -57,7 +115,7 @@ def restore(
     print(f"{store}: as in {backup}")
 
 
-def require_no_options(context: typer.Context) -> None:
+def _require_no_options(context: typer.Context) -> None:
     """Refuse options of `monitor` itself before one of its verbs, which would not heed them."""
     for name in context.params:
         source = context.get_parameter_source(name)

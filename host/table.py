@@ -1,4 +1,4 @@
-"""What a short verb prints: a table for people, or one JSON object for scripts."""
+"""What verbs print: rows as a table or as JSON on standard output, progress on standard error."""
 
 import json
 import sys
@@ -20,3 +20,8 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], as_json: 
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def tell_progress(line: str) -> None:
+    """Print a line for who waits, beside the result."""
+    print(line, file=sys.stderr, flush=True)

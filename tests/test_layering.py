@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = ("device", "converters", "host")
 LIBRARY = ("device.contract", "device.preprocess", "device.pictures", "device.learning", "device.engine")
-SHARED = ("host.errors", "host.files")  # errors and small file helpers: standard library only
+SHARED = ("host.errors", "host.files", "host.signals")  # small helpers: standard library only
 TRAINING = ("torch", "torchvision", "timm", "tensorflow", "jax", "lightning", "transformers")
 CONVERTING = ("litert_torch", "ai_edge_quantizer", "coremltools", "onnx", "tensorflow", "jax")
 

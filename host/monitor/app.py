@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ from host.monitor.retention import Retention, forgetting
 from host.monitor.rollout.engine import Engine, Order
 from host.monitor.store import Store, is_url, open_store
 from host.monitor.web import LOOPBACK, create_app, serve_page
+from host.signals import stop_on_signals
 
 CHECK_S = 0.5
 STOP_S = 2.0
@@ -89,7 +89,7 @@ def run_monitor(
     """
     stop = stop or threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(_stop_on_signals(stop))
+        stack.enter_context(stop_on_signals(stop))
         store = open_store(config.store)
         stack.callback(store.close)
         stack.enter_context(forgetting(lambda pause: store.forget(config.retention, now=time.time(), pause=pause)))
@@ -186,19 +186,6 @@ def _send(site: Path | None, address: BrokerAddress, orders: Iterable[Order]) ->
     with alone, Commander(address.hostname, address.port, **login) as commander:
         for device, command in orders:
             commander.order(device, command)
-
-
-@contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield
-        return
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

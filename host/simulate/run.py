@@ -2,11 +2,10 @@
 
 import json
 import resource
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from device.contract.files import write_atomic
 from host.errors import MonitorError
 from host.monitor.broker import DEFAULT_PORT, start_broker
+from host.signals import stop_on_signals
 from host.simulate.broker import BrokerChoice
 from host.simulate.config import SimulationConfig
 from host.simulate.fleet import find_release
@@ -76,7 +76,7 @@ def run_simulation(
         )
         for fault in config.faults:
             tell(f"fault {_fault_line(fault)}")
-        stack.enter_context(_stop_on_signals(stop))
+        stack.enter_context(stop_on_signals(stop))
         started, moment = time.monotonic(), datetime.now(UTC)
         watch = _Progress(config.devices, tell)
         if config.processes == 1:
@@ -167,16 +167,3 @@ def _fault_line(fault: Any) -> str:
     start = f" from {fault.start_s:g} s on" if fault.start_s else ""
     model = f", release {fault.release}: {fault.effect}" if fault.effect else ""
     return f"{fault.kind}: {fault.rate:.2%}{start}{model}"
-
-
-@contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield
-        return
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
