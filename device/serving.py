@@ -20,7 +20,6 @@ from typing import Self
 import numpy as np
 
 from device.backbone import Backbone, open_backbone
-from device.beside import Beside
 from device.canary import Canary
 from device.classifier import Answer, Classifier, read_base_head
 from device.contract.board import Budget, Runtime
@@ -94,26 +93,21 @@ class Model:
             raise kind(f"{directory}: cannot be read ({error}); install the bundle again") from error
         artifact = manifest.artifact(precision)
         store = LearnedStore(slots.root / "state", artifact.backbone, manifest.files[HEAD_NAME].sha256)
-        head = Beside("head", lambda: Classifier(read_base_head(directory, manifest, artifact), manifest, store))
-        try:
-            engine = open_backbone(
+        base, spec = read_base_head(directory, manifest, artifact), manifest.input
+        return cls(
+            slot=slot,
+            directory=directory,
+            manifest=manifest,
+            artifact=artifact,
+            engine=open_backbone(
                 directory,
                 manifest,
                 artifact,
                 threads=runtime.threads,
                 delegate=runtime.delegate,
                 caches=slots.root / CACHES if runtime.weight_cache else None,
-            )
-        finally:
-            classifier = head.result()  # its equations are solved while LiteRT packs the weights
-        base, spec = classifier.base, manifest.input
-        return cls(
-            slot=slot,
-            directory=directory,
-            manifest=manifest,
-            artifact=artifact,
-            engine=engine,
-            classifier=classifier,
+            ),
+            classifier=Classifier(base, manifest, store),
             ring=FeatureRing(runtime.feature_ring, manifest.learning.feature_dim),
             window=Window(base.feature_mean, base.feature_std),
             input=np.empty((1, spec.height, spec.width, spec.channels), np.float32),

@@ -17,16 +17,15 @@ class Ranges:
         after = self._ranges[index] if index < len(self._ranges) else None
         if before and number <= before[1]:
             return False
-        joins_before = before is not None and before[1] == number - 1
-        joins_after = after is not None and after[0] == number + 1
-        if joins_before and joins_after:
-            self._ranges[index - 1 : index + 1] = [[before[0], after[1]]]  # type: ignore[index]
-        elif joins_before:
-            before[1] = number  # type: ignore[index]
-        elif joins_after:
-            after[0] = number  # type: ignore[index]
+        if before and before[1] == number - 1:
+            before[1] = number
         else:
-            self._ranges.insert(index, [number, number])
+            before = [number, number]
+            self._ranges.insert(index, before)
+            index += 1
+        if after and after[0] == number + 1:
+            before[1] = after[1]
+            del self._ranges[index]
         return True
 
     def __contains__(self, number: int) -> bool:
